@@ -1,0 +1,184 @@
+"""Streams: stdout carries the result, stderr everything else; one place turns errors into lines and exit codes.
+
+Invariant: a failure is one line (or one JSON object) on stderr and a non-zero exit code; a traceback only with -vv.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from llmcli.errors import LlmcliError, from_os_error
+
+# C0 but tab and newline, DEL, C1, and the marks that change the direction of text: a model's output or a file's name
+# may hold them, and a terminal would obey (RELIABILITY 1.10).
+_CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)))
+
+
+def printable(text: str) -> str:
+    """The text without the characters that a terminal would obey."""
+    return text.translate(_CONTROLS)
+
+
+def write_out(text: str) -> None:
+    """Writes to stdout and flushes. Filtered only where a terminal reads it: pipes and files get it raw."""
+    if sys.stdout.isatty():
+        text = printable(text)
+    try:
+        sys.stdout.write(text)
+    except UnicodeEncodeError:  # a console that is not UTF-8
+        encoding = sys.stdout.encoding or "ascii"
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def as_json(record: Any) -> Any:
+    """A record as plain JSON values: dataclasses become objects, what is not finite becomes null."""
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        return {field.name: as_json(getattr(record, field.name)) for field in dataclasses.fields(record)}
+    if isinstance(record, dict):
+        return {str(key): as_json(value) for key, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [as_json(item) for item in record]
+    if isinstance(record, float) and (record != record or record in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(record, os.PathLike):
+        return os.fspath(record)
+    return record
+
+
+def write_json(record: Any) -> None:
+    """Writes one JSON object on one line to stdout."""
+    write_out(json.dumps(as_json(record), ensure_ascii=not _is_utf8(sys.stdout)) + "\n")
+
+
+def _is_utf8(stream: Any) -> bool:
+    return (getattr(stream, "encoding", None) or "").lower().replace("-", "") == "utf8"
+
+
+def notice(text: str) -> None:
+    """One line on stderr for the reader; silent under --quiet and under --json."""
+    context = click.get_current_context(silent=True)
+    found = context.find_root().obj if context else None
+    if found is None or not (found.quiet or found.json):
+        click.echo(_for_stderr(text), err=True)
+
+
+def _for_stderr(text: str) -> str:
+    encoding = getattr(sys.stderr, "encoding", None) or "ascii"
+    return printable(text).encode(encoding, "replace").decode(encoding)
+
+
+def read_stdin() -> str:
+    """The whole of stdin as UTF-8 text, not a byte stripped. Raises DataError for bytes that are not UTF-8."""
+    from llmcli.errors import DataError
+
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError("is not valid UTF-8", where=f"<stdin>:{line}:byte {error.start}") from error
+
+
+def stdin_is_piped() -> bool:
+    """Whether stdin is something to read: not a terminal, and there at all."""
+    try:
+        return not sys.stdin.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
+def fail(error: LlmcliError, *, as_object: bool) -> NoReturn:
+    """Says the error on stderr, as a line or as JSON, and exits with its code."""
+    if as_object:
+        body = {"kind": error.kind, "message": error.message, "where": error.where}
+        text = json.dumps({"error": body})
+    else:
+        text = "Error: " + " ".join(str(error).splitlines())
+    click.echo(_for_stderr(text), err=True)
+    _leave(error.exit_code)
+
+
+def _leave(code: int) -> NoReturn:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _silence_stdout()
+    sys.exit(code)
+
+
+def _silence_stdout() -> None:
+    """After a closed pipe Python would complain once more when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def guarded(command: click.Command, arguments: list[str] | None = None) -> NoReturn:
+    """Runs a command to its exit code: errors become lines, a closed pipe ends quietly, Ctrl-C is 130."""
+    words = sys.argv[1:] if arguments is None else arguments
+    as_object, loud = "--json" in words, "-vv" in words or words.count("-v") + words.count("--verbose") > 1
+    try:
+        code = command.main(words, prog_name="llmcli", standalone_mode=False, auto_envvar_prefix="LLMCLI")
+        _flush_or_fail()
+        _leave(code if isinstance(code, int) else 0)
+    except click.exceptions.Exit as error:
+        _leave(error.exit_code)
+    except click.ClickException as error:
+        fail(_of_click(error), as_object=as_object)
+    except BrokenPipeError:
+        _silence_stdout()
+        sys.exit(0)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("", err=True)
+        fail(_interrupted(), as_object=as_object)
+    except Exception as error:
+        if loud:
+            raise
+        fail(_of_exception(error), as_object=as_object)
+    except BaseException as error:
+        # Rust's panics (tokenizers, safetensors) are BaseException: an input did it, a backtrace helps nobody.
+        if loud or type(error).__name__ != "PanicException":
+            raise
+        fail(LlmcliError(f"a library gave up on this input: {error}"), as_object=as_object)
+
+
+def _flush_or_fail() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _silence_stdout()
+        raise from_os_error(error, "<stdout>") from error
+
+
+def _interrupted() -> LlmcliError:
+    error = LlmcliError("interrupted")
+    error.exit_code = 130
+    return error
+
+
+def _of_click(error: click.ClickException) -> LlmcliError:
+    context = getattr(error, "ctx", None)
+    hint = f" (see {context.command_path} --help)" if context else ""
+    made = LlmcliError(error.format_message() + hint)
+    made.kind, made.exit_code = "usage", error.exit_code
+    return made
+
+
+def _of_exception(error: Exception) -> LlmcliError:
+    if isinstance(error, LlmcliError):
+        return error
+    if isinstance(error, OSError):
+        return from_os_error(error)
+    if isinstance(error, MemoryError):
+        return LlmcliError("out of memory; a smaller model, batch or context needs less")
+    reason = str(error).splitlines()[0] if str(error) else ""
+    return LlmcliError(
+        f"unexpected {type(error).__name__}: {reason} (run again with -vv for the traceback, and report it)"
+    )

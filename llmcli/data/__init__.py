@@ -1,0 +1,1 @@
+"""Tokenizers, reading text, packing, corpora."""

@@ -1,0 +1,1 @@
+"""Files: atomic writes, manifests, checkpoints, tensors. The only layer that writes to a final path."""

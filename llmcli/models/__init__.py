@@ -1,0 +1,1 @@
+"""Torch modules of the model families, and their folders."""

@@ -1,0 +1,1 @@
+"""Sessions, sampling, decoding; token ids only, no text."""
