@@ -1,0 +1,112 @@
+"""Tensors on disk: safetensors and nothing else; no pickle on any read path (RELIABILITY, decision 3).
+
+Invariant: what is written lies in a folder that `atomic.staged_folder` will put in its place.
+Format: https://github.com/huggingface/safetensors (README, "Format"); the index of shards is Hugging Face's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmcli.errors import DataError, from_os_error
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4_000_000_000
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors to one safetensors file. `metadata`: what `__metadata__` shall hold."""
+    from safetensors.torch import save_file
+
+    try:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            str(path),
+            metadata=dict(metadata or {"format": "pt"}),
+        )
+    except OSError as error:
+        raise from_os_error(error, path) from error
+    except Exception as error:
+        # The library wraps the system's refusals (a full disk, a read-only folder) in its own error, as text.
+        raise _from_library(error, path) from error
+
+
+def _from_library(error: Exception, path: Path) -> Exception:
+    import re
+
+    found = re.search(r"os error (\d+)", str(error))
+    if found:
+        return from_os_error(OSError(int(found[1]), "", str(path)), path)
+    return DataError(f"cannot be written as safetensors: {error}", where=str(path)) if str(error) else error
+
+
+def load_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Reads all tensors of a safetensors file. Raises DataError when the file is not one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(str(path), device=device))
+    except OSError as error:
+        raise from_os_error(error, path) from error
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise DataError(f"is not a valid safetensors file: {str(error).splitlines()[0]}", where=str(path)) from error
+
+
+def save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Writes `model.safetensors`, or shards of 4 GB with their index when there is more."""
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    if sum(sizes.values()) <= SHARD_BYTES:
+        save_tensors(tensors, folder / WEIGHTS)
+        return
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    places = {}
+    for index, names in enumerate(shards):
+        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_tensors({name: tensors[name] for name in names}, folder / file)
+        places.update(dict.fromkeys(names, file))
+    content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder. Raises DataError when there are none, or the index names odd ones."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = folder / INDEX
+    if not index.is_file():
+        other = [path.name for path in sorted(folder.glob("*.bin"))[:1]]
+        hint = f"; {other[0]} is a pickle, which is never read: convert it to safetensors" if other else ""
+        raise DataError(f"has no {WEIGHTS}{hint}", where=str(folder))
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError("is not an index of shards", where=str(index)) from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise DataError(f"names a file outside the folder: {name!r}", where=str(index))
+        if not (folder / name).is_file():
+            raise DataError(f"the shard {name} is missing", where=str(folder))
+    return [folder / name for name in names]
+
+
+def load_weights(folder: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Reads all weights of a model folder, sharded or not."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in weight_files(folder):
+        tensors.update(load_tensors(path, device))
+    return tensors

@@ -1,0 +1,292 @@
+"""Decoders: one pre-norm transformer for the Llama family, and GPT-2 with the same attention and cache.
+
+Invariant: parameter names are the family's own in Hugging Face transformers, so a checkpoint needs no map, and
+logits agree with transformers' within 1e-4 in float32, prefill and cached.
+Letters: B rows, T new tokens, S cached tokens, H heads, K key/value heads, D head size, C hidden size, V vocabulary.
+
+Sources: Llama (arXiv:2302.13971), GPT-2 (Radford et al. 2019), RoPE (arXiv:2104.09864), GQA (arXiv:2305.13245),
+QK-norm (arXiv:2302.05442, as in Qwen3, arXiv:2505.09388), the llama3 rope rule (arXiv:2407.21783).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmcli.models.cache import KeyValueCache
+from llmcli.models.config import DecoderConfig
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (arXiv:1910.07467), reduced in float32 whatever the input is."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., size) -> (..., size)
+        wide = x.float()
+        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return scaled.to(x.dtype) * self.weight.to(x.dtype)
+
+
+def rope_frequencies(config: DecoderConfig) -> Tensor:
+    """Angles a position turns each pair of a head by: (D / 2,), float32."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_scaling is None:
+        return frequencies
+    rule = config.rope_scaling
+    low, high = rule["low_freq_factor"], rule["high_freq_factor"]
+    turns = rule["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * ((1 - smooth) / rule["factor"] + smooth)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the halves of each head by its position's angle. x (B, H, T, D); cos, sin broadcast to (B, 1, T, D / 2)."""
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(QK^T / sqrt(D)) V. query (B, H, T, D); key, value (B, K, S, D); mask (B, 1, T, S) or None for causal."""
+    grouped = query.size(1) != key.size(1)
+    causal = mask is None and query.size(2) > 1
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+class Attention(nn.Module):
+    """Self-attention of the Llama family: grouped key/value heads, rotary positions, optional QK-norm."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        wide, narrow = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, wide, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
+        self.o_proj = nn.Linear(wide, config.hidden_size, bias=config.attention_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
+        heads = (*x.shape[:2], -1, self.head_dim)  # (B, T, H, D)
+        query, key, value = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
+        if self.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+        if cache is not None:
+            key, value = cache.put(self.layer, key, value)
+        return self.o_proj(attend(query, key, value, mask).transpose(1, 2).flatten(2))
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One pre-norm block of the Llama family."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = GatedMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nn.Module):
+    """Embedding, blocks and the last norm of the Llama family."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+
+    def forward(self, ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:  # (B, T) -> (B, T, C)
+        x = self.embed_tokens(ids)
+        positions, mask = (None, None) if cache is None else cache.begin(ids.size(1))
+        if positions is None:
+            positions = torch.arange(ids.size(1), device=ids.device)[None]
+        angles = positions[:, None, :, None].float() * self.frequencies  # (B or 1, 1, T, D / 2)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache, mask)
+        return self.norm(x)
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear map, whose weight is stored (inputs, outputs)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.t(), self.bias)
+
+
+class GPT2Attention(nn.Module):
+    """GPT-2's self-attention: one matrix for query, key and value."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.c_attn = Conv1D(config.hidden_size, 3 * config.hidden_size)
+        self.c_proj = Conv1D(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
+        parts = self.c_attn(x).view(*x.shape[:2], 3, -1, self.head_dim)  # (B, T, 3, H, D)
+        query, key, value = (part.transpose(1, 2) for part in parts.unbind(2))
+        if cache is not None:
+            key, value = cache.put(self.layer, key, value)
+        return self.c_proj(attend(query, key, value, mask).transpose(1, 2).flatten(2))
+
+
+class GPT2MLP(nn.Module):
+    """GPT-2's feed-forward part, with the tanh form of GELU."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.c_fc = Conv1D(config.hidden_size, config.intermediate_size)
+        self.c_proj = Conv1D(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class GPT2Layer(nn.Module):
+    """One pre-norm block of GPT-2."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn = GPT2Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = GPT2MLP(config)
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2Model(nn.Module):
+    """Embeddings of tokens and positions, blocks and the last norm of GPT-2."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.h = nn.ModuleList(GPT2Layer(config, index) for index in range(config.num_hidden_layers))
+        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(self, ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:  # (B, T) -> (B, T, C)
+        positions, mask = (None, None) if cache is None else cache.begin(ids.size(1))
+        if positions is None:
+            positions = torch.arange(ids.size(1), device=ids.device)[None]
+        x = self.wte(ids) + self.wpe(positions)
+        for layer in self.h:
+            x = layer(x, cache, mask)
+        return self.ln_f(x)
+
+
+class Decoder(nn.Module):
+    """A causal language model: hidden states and logits of any supported family."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.model_type == "gpt2":
+            self.transformer = GPT2Model(config)
+        else:
+            self.model = LlamaModel(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def body(self) -> LlamaModel | GPT2Model:
+        """Everything below the head."""
+        return self.transformer if self.config.model_type == "gpt2" else self.model
+
+    @property
+    def embedding(self) -> Tensor:
+        """The token embedding: (V, C)."""
+        body = self.body
+        return body.wte.weight if isinstance(body, GPT2Model) else body.embed_tokens.weight
+
+    @property
+    def head(self) -> Tensor:
+        """The matrix that gives logits from hidden states: (V, C); the embedding itself where they are tied."""
+        return self.embedding if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def hidden(self, ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Last hidden states, after the last norm: (B, T) -> (B, T, C)."""
+        states: Tensor = self.body(ids, cache)
+        if cache is not None:
+            cache.commit(ids.size(1))
+        return states
+
+    def forward(self, ids: Tensor, cache: KeyValueCache | None = None, keep: int | None = None) -> Tensor:
+        """Logits of the last `keep` positions, all when None: (B, T) -> (B, keep, V)."""
+        states = self.hidden(ids, cache)
+        return F.linear(states if keep is None else states[:, -keep:], self.head)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The blocks, first to last."""
+        body = self.body
+        return body.h if isinstance(body, GPT2Model) else body.layers
+
+    def cache(self, rows: int = 1, capacity: int = 64) -> KeyValueCache:
+        """An empty key/value cache for `rows` sequences, which grows up to the context."""
+        weight = self.embedding
+        return KeyValueCache(self.config, rows, capacity, device=weight.device, dtype=weight.dtype)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> Decoder:
+        """Draws fresh weights.
+
+        | part                                 | values                                   |
+        | embedding                            | normal, 0.02 (tied) or 1.0 / sqrt(C)     |
+        | matrices that read the hidden state  | uniform, +-sqrt(3 / inputs): std 1/sqrt(inputs) |
+        | o_proj, down_proj, c_proj            | zero: each block begins as the identity  |
+        | norms 1, biases 0, untied head       | zero                                     |
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            elif parameter is self.embedding or name.endswith("wpe.weight"):
+                parameter.normal_(0.0, 0.02, generator=generator)
+            elif name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight", "lm_head.weight")):
+                parameter.zero_()
+            else:
+                inputs = parameter.size(0) if self.config.model_type == "gpt2" else parameter.size(1)
+                bound = math.sqrt(3.0 / inputs)
+                parameter.uniform_(-bound, bound, generator=generator)
+        return self

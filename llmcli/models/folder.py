@@ -1,0 +1,125 @@
+"""Model folders as Hugging Face lays them out: config.json, model.safetensors, generation_config.json.
+
+Invariant: a folder that loads has exactly the tensors that its config asks for, each of the right shape.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmcli.errors import DataError, from_os_error
+from llmcli.files.tensors import load_weights, save_weights
+from llmcli.models.config import DecoderConfig, read_config, write_config
+from llmcli.models.decoder import Decoder
+
+CONFIG = "config.json"
+_IGNORED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")  # buffers that old checkpoints carry
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file. Raises DataError with line and column of a syntax error."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise from_os_error(error, path) from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"is not valid JSON: {error.msg}", where=f"{path}:{error.lineno}:{error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"is not valid JSON: {str(error) or 'too deep'}", where=str(path)) from error
+    if not isinstance(content, dict):
+        raise DataError("must hold a JSON object", where=str(path))
+    return content
+
+
+def load_config(folder: Path) -> DecoderConfig:
+    """The decoder's shape from a model folder."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise DataError(f"is not a model folder: it has no {CONFIG}", where=str(folder))
+    return read_config(read_json(path), str(path))
+
+
+def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of this config holds."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
+
+
+def weight_problems(config: DecoderConfig, found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with a checkpoint's tensors, a line each; `found` are their names and shapes."""
+    expected = expected_shapes(config)
+    problems = [f"{name}: missing" for name in expected if name not in found]
+    for name, shape in found.items():
+        if name in expected and shape != expected[name]:
+            problems.append(f"{name}: shape {list(shape)}, the config asks for {list(expected[name])}")
+        elif name not in expected and not _is_ignored(config, name):
+            problems.append(f"{name}: not a parameter of {config.model_type}")
+    return problems
+
+
+def _is_ignored(config: DecoderConfig, name: str) -> bool:
+    return name.endswith(_IGNORED) or (config.tie_word_embeddings and name == "lm_head.weight")
+
+
+def _family_names(config: DecoderConfig, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """GPT-2's own checkpoint has no `transformer.` prefix; everything else is named as it should be."""
+    if config.model_type == "gpt2" and "wte.weight" in tensors:
+        return {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Decoder:
+    """Reads a model folder into a Decoder in evaluation mode; `dtype` None keeps the stored one.
+
+    Raises DataError when a tensor is missing, odd or of a wrong shape; ConfigError for an unsupported config.
+    """
+    place = Path(folder)
+    config = load_config(place)
+    tensors = _family_names(config, load_weights(place, device))
+    problems = weight_problems(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    if problems:
+        more = f" (and {len(problems) - 1} more; see llmcli verify)" if len(problems) > 1 else ""
+        raise DataError(f"the weights do not fit {CONFIG}: {problems[0]}{more}", where=str(place))
+    with torch.device("meta"):
+        model = Decoder(config)
+    kept = {name: tensor for name, tensor in tensors.items() if not _is_ignored(config, name)}
+    if dtype is not None:
+        kept = {name: tensor.to(dtype) for name, tensor in kept.items()}
+    model.load_state_dict(kept, assign=True)
+    _restore_buffers(model, device)
+    return model.eval().requires_grad_(False)
+
+
+def _restore_buffers(model: Decoder, device: str) -> None:
+    """What is computed from the config is not in a checkpoint, and was made on the meta device."""
+    from llmcli.models.decoder import LlamaModel, rope_frequencies
+
+    body = model.body
+    if isinstance(body, LlamaModel):
+        body.frequencies = rope_frequencies(model.config).to(device)
+
+
+def save_model(
+    model: Decoder,
+    folder: Path,
+    *,
+    special_ids: Mapping[str, int | None],
+    tensors: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes config.json, model.safetensors and generation_config.json into a staged folder.
+
+    `special_ids`: bos_token_id, eos_token_id, pad_token_id. `tensors`: the weights to write instead of the model's own.
+    """
+    weights = dict(tensors if tensors is not None else model.state_dict())
+    kinds = {tensor.dtype for tensor in weights.values()}
+    dtype = str(kinds.pop()).removeprefix("torch.") if len(kinds) == 1 else "float32"
+    save_weights(weights, folder)
+    content = write_config(model.config, special_ids, dtype)
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    generation = {"_from_model_config": True, **{key: value for key, value in special_ids.items() if value is not None}}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", "utf-8")
