@@ -50,7 +50,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def write_manifest(folder: Path, lineage: Mapping[str, Any]) -> None:
-    """Writes `manifest.json` for all files below `folder`. `lineage`: hashes of what it was made from, seed, versions."""
+    """Writes `manifest.json` for all files below `folder`. `lineage`: hashes of its origins, seed, versions."""
     entries = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_of(path)}
         for path in _files(folder)

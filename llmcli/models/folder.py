@@ -8,32 +8,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 
-from llmcli.errors import DataError, from_os_error
+from llmcli.errors import DataError
+from llmcli.files.artefacts import read_json
 from llmcli.files.tensors import load_weights, save_weights
 from llmcli.models.config import DecoderConfig, read_config, write_config
 from llmcli.models.decoder import Decoder
 
+T = TypeVar("T")
+
 CONFIG = "config.json"
 _IGNORED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")  # buffers that old checkpoints carry
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file. Raises DataError with line and column of a syntax error."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise from_os_error(error, path) from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"is not valid JSON: {error.msg}", where=f"{path}:{error.lineno}:{error.colno}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"is not valid JSON: {str(error) or 'too deep'}", where=str(path)) from error
-    if not isinstance(content, dict):
-        raise DataError("must hold a JSON object", where=str(path))
-    return content
 
 
 def load_config(folder: Path) -> DecoderConfig:
@@ -66,11 +54,11 @@ def _is_ignored(config: DecoderConfig, name: str) -> bool:
     return name.endswith(_IGNORED) or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
-def _family_names(config: DecoderConfig, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def family_names(config: DecoderConfig, tensors: Mapping[str, T]) -> dict[str, T]:
     """GPT-2's own checkpoint has no `transformer.` prefix; everything else is named as it should be."""
     if config.model_type == "gpt2" and "wte.weight" in tensors:
         return {f"transformer.{name}": tensor for name, tensor in tensors.items()}
-    return tensors
+    return dict(tensors)
 
 
 def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Decoder:
@@ -80,7 +68,7 @@ def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype | Non
     """
     place = Path(folder)
     config = load_config(place)
-    tensors = _family_names(config, load_weights(place, device))
+    tensors = family_names(config, load_weights(place, device))
     problems = weight_problems(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if problems:
         more = f" (and {len(problems) - 1} more; see llmcli verify)" if len(problems) > 1 else ""

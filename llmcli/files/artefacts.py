@@ -1,0 +1,139 @@
+"""What a path is: tokenizer, corpus, run, checkpoint or model, told by the files in it.
+
+Invariant: the kind depends on names alone, so a damaged artefact still has its kind and `verify` can say what is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llmcli.errors import DataError, LlmcliError, from_os_error
+from llmcli.files.manifest import MANIFEST, manifest_problems
+
+KINDS = ("tokenizer", "corpus", "run", "checkpoint", "model")
+METRICS = "metrics.jsonl"
+RUN_CONFIG = "config.toml"
+CHECKPOINTS = "checkpoints"
+RESULT = "model"  # the folder in a run that holds its best model
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_EXPECTED = (
+    "tokenizer.json (a tokenizer), corpus.json (a corpus), config.toml with checkpoints/ (a run) "
+    "or config.json with model.safetensors (a model)"
+)
+
+
+def kind_of(path: str | Path) -> str:
+    """One of KINDS. Raises DataError when the path is missing or none of them, saying what was looked for."""
+    place = Path(path)
+    if not place.exists():
+        raise DataError("no such file or folder", where=str(path))
+    if place.is_file():
+        if place.name == "tokenizer.json":
+            return "tokenizer"
+        raise DataError(f"is a file; give the folder that holds {_EXPECTED}", where=str(path))
+
+    def has(*names: str) -> bool:
+        return any((place / name).exists() for name in names)
+
+    if has("corpus.json"):
+        return "corpus"
+    if has(RUN_CONFIG) and has(CHECKPOINTS, METRICS, RESULT):
+        return "run"
+    if has("state.json") and has("config.json", *_WEIGHTS):
+        return "checkpoint"
+    if has("config.json") or has(*_WEIGHTS):
+        return "model"
+    if has("tokenizer.json") or (has("vocab.json") and has("merges.txt")):
+        return "tokenizer"
+    raise DataError(f"is no artefact of llmcli; looked for {_EXPECTED}", where=str(path))
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first by step; unfinished ones do not count."""
+    found = [path for path in (run / CHECKPOINTS).glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def resolve_model(path: str | Path) -> Path:
+    """The model folder that is meant: the path itself, or for a run its result, else its newest sound checkpoint.
+
+    Raises DataError when there is no model, naming what is missing.
+    """
+    place = Path(path)
+    kind = kind_of(place)
+    if kind == "run":
+        result = place / RESULT
+        if is_model(result):
+            return result
+        for checkpoint in reversed(checkpoints_of(place)):
+            if not manifest_problems(checkpoint):
+                return checkpoint
+        raise DataError(f"the run has no {RESULT}/ and no sound checkpoint yet", where=str(path))
+    if kind not in ("model", "checkpoint"):
+        raise DataError(f"is a {kind}; a model or a run is needed", where=str(path))
+    if not is_model(place):
+        missing = "config.json" if not (place / "config.json").is_file() else _WEIGHTS[0]
+        raise DataError(f"is not a whole model: {missing} is missing", where=str(path))
+    return place
+
+
+def is_model(folder: Path) -> bool:
+    """Whether the folder has a config and weights."""
+    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in _WEIGHTS)
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether the folder says what is in it."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file. Raises DataError with line and column of a syntax error."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise from_os_error(error, path) from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"is not valid JSON: {error.msg}", where=f"{path}:{error.lineno}:{error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError("is not valid JSON", where=str(path)) from error
+    if not isinstance(content, dict):
+        raise DataError("must hold a JSON object", where=str(path))
+    return content
+
+
+def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
+    """The records of a run's metrics, oldest first.
+
+    A last line without its end is one that is being written, and is passed over. Raises DataError for any other line
+    that is not an object.
+    """
+    path = run / METRICS
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise from_os_error(error, path) from error
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError("is not valid JSON", where=f"{path}:{number}") from error
+        if not isinstance(record, dict):
+            raise DataError("is not a JSON object", where=f"{path}:{number}")
+        yield record
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    try:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    except OSError as error:
+        raise from_os_error(error, folder) from error
+
+
+def describe(error: LlmcliError, root: Path) -> str:
+    """An error as a line of a report on `root`: paths are told from there."""
+    return str(error).replace(f"{root}/", "").replace(f"{root}: ", "")
