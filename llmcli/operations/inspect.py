@@ -1,0 +1,180 @@
+"""`info`: what an artefact is, read from its small files and headers; no weights are loaded and no torch is imported.
+
+Invariant: whatever is described was read from the artefact itself; a fact that it does not hold is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmcli.config import read_toml
+from llmcli.errors import ConfigError, DataError
+from llmcli.files import artefacts
+from llmcli.files.manifest import MANIFEST, manifest_problems, read_manifest, sha256_of
+from llmcli.files.safetensors_header import TensorEntry, read_header
+from llmcli.files.tensors import weight_files
+from llmcli.models.config import read_config
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Description:
+    """What an artefact is: its kind and the facts about it, in the order in which they are shown."""
+
+    path: str
+    kind: str
+    facts: dict[str, Any]
+
+
+def describe(path: str | Path) -> Description:
+    """Describes a tokenizer, corpus, run, checkpoint or model. Raises DataError when it is none of them."""
+    kind = artefacts.kind_of(path)
+    readers: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "tokenizer": _tokenizer,
+        "corpus": _corpus,
+        "run": _run,
+        "checkpoint": _checkpoint,
+        "model": _model,
+    }
+    return Description(str(path), kind, readers[kind](Path(path)))
+
+
+def _tokenizer(path: Path) -> dict[str, Any]:
+    folder = path if path.is_dir() else path.parent
+    file = folder / "tokenizer.json"
+    if not file.is_file():  # GPT-2's pair
+        vocabulary = artefacts.read_json(folder / "vocab.json")
+        return {"type": "BPE", "byte_level": True, "vocab_size": len(vocabulary), "special_tokens": {}}
+    content = artefacts.read_json(file)
+    try:
+        model, added = content["model"], content.get("added_tokens") or []
+        special = {token["content"]: token["id"] for token in added if token.get("special")}
+        vocabulary = model["vocab"]
+        names = (
+            set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, _score in vocabulary}
+        )  # unigram's is a list of (piece, score)
+        facts = {
+            "type": model.get("type") or "BPE",
+            "byte_level": "ByteLevel" in json.dumps([content.get("pre_tokenizer"), content.get("decoder")]),
+            "vocab_size": len(names | {token["content"] for token in added}),
+            "merges": len(model["merges"]) if "merges" in model else None,
+            "special_tokens": special,
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError("is not a tokenizer of the Hugging Face format", where=str(file)) from error
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        config = artefacts.read_json(settings)
+        for role in ("bos", "eos", "pad", "unk"):
+            facts[f"{role}_token"] = _token_text(config.get(f"{role}_token"))
+        facts["chat_template"] = bool(config.get("chat_template")) or (folder / "chat_template.jinja").is_file()
+    facts["sha256"] = sha256_of(file)
+    return facts
+
+
+def _token_text(token: Any) -> str | None:
+    """Special tokens stand as texts, or as objects whose content is the text."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _corpus(folder: Path) -> dict[str, Any]:
+    content = artefacts.read_json(folder / "corpus.json")
+    facts = {key: value for key, value in content.items() if not isinstance(value, list | dict)}
+    for part in ("train", "val"):
+        tokens, size = content.get(f"{part}_tokens"), content.get(f"{part}_bytes")
+        if isinstance(tokens, int) and isinstance(size, int) and tokens:
+            facts[f"{part}_bytes_per_token"] = round(size / tokens, 4)
+    sources = content.get("sources")
+    if isinstance(sources, list):
+        facts["sources"] = len(sources)
+    facts["size_bytes"] = artefacts.size_of(folder)
+    return facts
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    settings = read_toml(folder / artefacts.RUN_CONFIG)
+    facts: dict[str, Any] = {"settings": settings}
+    records = list(artefacts.read_metrics(folder)) if (folder / artefacts.METRICS).is_file() else []
+    for record in records:
+        for key in ("step", "tokens", "elapsed_seconds"):
+            facts[key] = record.get(key, facts.get(key))
+        if record.get("event") == "step":
+            for key in ("loss", "tokens_per_second", "learning_rate"):
+                facts[key] = record.get(key, facts.get(key))
+    checked = [record for record in records if record.get("event") == "validation" and _bits(record) is not None]
+    if checked:
+        best = min(checked, key=lambda record: _bits(record) or 0.0)
+        facts["best"] = {key: best.get(key) for key in ("step", "loss", "bits_per_byte")}
+    facts["finished"] = any(record.get("event") == "end" for record in records)
+    facts["checkpoints"] = [path.name for path in artefacts.checkpoints_of(folder)]
+    result = folder / artefacts.RESULT
+    facts["model"] = _model(result) if artefacts.is_model(result) else None
+    return facts
+
+
+def _bits(record: dict[str, Any]) -> float | None:
+    value = record.get("bits_per_byte")
+    return float(value) if isinstance(value, int | float) and value == value else None
+
+
+def _checkpoint(folder: Path) -> dict[str, Any]:
+    state = artefacts.read_json(folder / "state.json")
+    facts = {key: value for key, value in state.items() if isinstance(value, int | float | str | None)}
+    return {**facts, **_model(folder), "sound": not manifest_problems(folder)}
+
+
+def tensors_of(folder: Path) -> dict[str, TensorEntry]:
+    """Every tensor of a model folder, over its shards, from the headers alone."""
+    entries: dict[str, TensorEntry] = {}
+    for path in weight_files(folder):
+        header = read_header(path)
+        twice = entries.keys() & header.keys()
+        if twice:
+            raise DataError(f"the tensor {min(twice)} is in another shard too", where=str(path))
+        entries.update(header)
+    return entries
+
+
+def _model(folder: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    if (folder / "config.json").is_file():
+        facts.update(_shape(artefacts.read_json(folder / "config.json"), str(folder / "config.json")))
+    entries = tensors_of(folder)
+    facts["parameters"] = sum(entry.count for entry in entries.values())
+    embeddings = [entry for name, entry in entries.items() if name.endswith(EMBEDDINGS)]
+    facts["embedding_parameters"] = sum(entry.count for entry in embeddings)
+    facts["tensors"] = len(entries)
+    facts["dtype"] = ", ".join(sorted({entry.dtype for entry in entries.values()}))
+    facts["weight_bytes"] = sum(entry.end - entry.start for entry in entries.values())
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = _tokenizer(folder)
+        facts["tokenizer"] = {key: tokenizer[key] for key in ("type", "vocab_size", "sha256")}
+    if (folder / MANIFEST).is_file():
+        facts["lineage"] = read_manifest(folder)["lineage"]
+    return facts
+
+
+def _shape(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The decoder's shape; of a family that llmcli cannot run, what it is called."""
+    try:
+        config = read_config(values, where)
+    except ConfigError as error:
+        return {"family": values.get("model_type"), "supported": False, "reason": error.message}
+    return {
+        "family": config.model_type,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "ffn_size": config.intermediate_size,
+        "context": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "tied_embeddings": config.tie_word_embeddings,
+    }
