@@ -8,11 +8,11 @@ The order follows SQLite's and RELIABILITY's rule: data, then name, then the fol
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,15 @@ from typing import Any
 from llmcli.errors import LlmcliError, UsageError, from_os_error
 
 TEMPORARY = ".tmp-"  # part of the name of everything that is not finished
+OLD = "old-"  # marks what was moved aside
 
-# Tests put a function here that raises or kills at the Nth call: (operation, path).
-failpoint: Callable[[str, Path], None] | None = None
+# Tests put a function here that raises or kills at the Nth call: (operation, path). For "write" it may return how many
+# bytes the system shall take of what is left, which is a short write.
+failpoint: Callable[[str, Path], int | None] | None = None
 
 
-def _reach(operation: str, path: Path) -> None:
-    if failpoint is not None:
-        failpoint(operation, path)
+def _reach(operation: str, path: Path) -> int | None:
+    return None if failpoint is None else failpoint(operation, path)
 
 
 def sync(path: Path) -> None:
@@ -45,45 +46,53 @@ def _rename(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
-def _current_umask() -> int:
-    """Reading the mask means setting it; done once a write, no thread of ours creates files beside it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+def _sibling(path: Path, mark: str = "") -> Path:
+    """A name beside `path` that nobody can foresee, so that the rename never crosses a file system."""
+    return path.with_name(f"{_stem(path.name)}{TEMPORARY}{os.getpid()}-{mark}{os.urandom(8).hex()}")
 
 
-def _temporary_sibling(path: Path, *, folder: bool) -> Path:
-    """A new, exclusive name beside `path`, so that the rename never crosses a file system."""
-    prefix = f".{path.name[:100]}{TEMPORARY}{os.getpid()}-"
-    _reach("create", path)
-    if folder:
-        return Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
-    handle, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)
-    os.close(handle)
-    return Path(name)
+def _stem(name: str) -> str:
+    """How a temporary name begins; cut, as names have at most 255 bytes."""
+    return "." + os.fsdecode(os.fsencode(name)[:100])
+
+
+def _write_all(handle: int, content: bytes, path: Path) -> None:
+    """Writes until all is written: the system may take less than it is given."""
+    rest = memoryview(content)
+    while rest:
+        taken = _reach("write", path)
+        rest = rest[os.write(handle, rest if taken is None else rest[: max(taken, 1)]) :]
 
 
 def write_file(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Writes a whole file atomically, keeping the permissions of the file that it replaces.
 
-    Raises LlmcliError for what the operating system refuses; the old file is then untouched.
+    A link at the path is replaced, not written through. Raises LlmcliError for what the operating system refuses; the
+    old file is then untouched.
     """
     target = Path(path)
     content = data.encode("utf-8") if isinstance(data, str) else data
     temporary: Path | None = None
+    created: list[Path] = []
     try:
-        make_folders(target.parent)
-        temporary = _temporary_sibling(target, folder=False)
-        with open(temporary, "wb") as file:
-            _reach("write", target)
-            file.write(content)
-            file.flush()
+        _create_folders(target.parent, created)
+        kept = stat.S_IMODE(target.lstat().st_mode) if target.is_file() and not target.is_symlink() else None
+        _reach("create", target)
+        temporary = _sibling(target)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        handle = os.open(temporary, flags, 0o666 if kept is None else kept)
+        try:
+            if kept is not None:
+                _reach("chmod", target)
+                os.fchmod(handle, kept)  # the mask took from it what the old file may have had
+            _write_all(handle, content, target)
             _reach("fsync", target)
-            os.fsync(file.fileno())
-        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_current_umask()
-        os.chmod(temporary, mode)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
         _rename(temporary, target)
         temporary = None
+        created.clear()
         sync(target.parent)
     except OSError as error:
         raise from_os_error(error, target) from error
@@ -91,6 +100,7 @@ def write_file(path: str | os.PathLike[str], data: bytes | str) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+        _remove_empty(created)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -101,9 +111,29 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def make_folders(path: Path) -> None:
     """Creates the folders on the way to `path`."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        _create_folders(path, [])
     except OSError as error:
         raise from_os_error(error, path) from error
+
+
+def _create_folders(path: Path, created: list[Path]) -> None:
+    """Creates what is missing on the way to `path` and notes it in `created`, outermost first."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    missing.reverse()
+    for folder in missing:
+        _reach("mkdir", folder)
+        folder.mkdir(exist_ok=True)
+        created.append(folder)
+        sync(folder.parent)
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """After a failure: the folders that were made for the output, as far as they are still empty."""
+    for folder in reversed(folders):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def refuse_existing(path: str | os.PathLike[str], *, overwrite: bool) -> None:
@@ -112,6 +142,8 @@ def refuse_existing(path: str | os.PathLike[str], *, overwrite: bool) -> None:
     Called before the work begins, so that nobody waits an hour to be refused.
     """
     target = Path(path)
+    if overwrite and target.is_dir() and target.resolve() in (Path.home(), Path.cwd(), *Path.cwd().parents):
+        raise UsageError("is the home or the working folder, or holds it: it is not replaced", where=str(path))
     if overwrite or not (target.exists() or target.is_symlink()):
         return
     if target.is_dir() and not any(target.iterdir()):
@@ -123,16 +155,18 @@ def refuse_existing(path: str | os.PathLike[str], *, overwrite: bool) -> None:
 def staged_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary sibling of `path` to write into; on success it becomes `path`, on any failure it is removed.
 
-    An old folder is moved aside first and removed last: at no moment is there a half of both.
+    What stands at `path` is exchanged for it in one step where the system can, so there is always one of the two.
     """
     target = Path(path)
     refuse_existing(target, overwrite=overwrite)
     temporary: Path | None = None
+    created: list[Path] = []
     try:
-        make_folders(target.parent)
+        _create_folders(target.parent, created)
         remove_debris(target.parent, target.name)
-        temporary = _temporary_sibling(target, folder=True)
-        os.chmod(temporary, 0o777 & ~_current_umask())
+        _reach("create", target)
+        temporary = _sibling(target)
+        temporary.mkdir()
         yield temporary
         for root, _folders, names in os.walk(temporary):
             for name in names:
@@ -140,48 +174,95 @@ def staged_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
             sync(Path(root))
         _put_in_place(temporary, target)
         temporary = None
+        created.clear()
         sync(target.parent)
     except OSError as error:
         raise from_os_error(error, target) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        _remove_empty(created)
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:
-    """Renames a finished folder to its name; what stood there goes aside first and is deleted after."""
-    if target.is_dir() and not target.is_symlink() and any(target.iterdir()):
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}{TEMPORARY}{os.getpid()}-old-", dir=target.parent))
-        _rename(target, aside)
+    """Gives a finished folder its name; what stood there is deleted after."""
+    if not (target.exists() or target.is_symlink()) or _is_empty(target):
+        _rename(temporary, target)
+    elif _exchange(temporary, target):
+        _delete(temporary)
+    else:
+        aside = _sibling(target, OLD)
+        aside.mkdir()
         try:
+            _rename(target, aside / OLD)
             _rename(temporary, target)
         except BaseException:
-            os.replace(aside, target)
+            _restore(aside, target)
             raise
-        shutil.rmtree(aside, ignore_errors=True)
+        _delete(aside)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swaps two names in one step (Linux: renameat2 with RENAME_EXCHANGE). False where the system cannot."""
+    import ctypes
+
+    _reach("rename", second)
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if swap(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def _restore(aside: Path, target: Path) -> None:
+    """Puts back what was moved aside, unless something stands in its place already."""
+    if not target.exists() and (aside / OLD).exists():
+        os.replace(aside / OLD, target)
+    with contextlib.suppress(OSError):
+        aside.rmdir()
+
+
+def _delete(path: Path) -> None:
+    """Removes a file, link or folder of ours that nobody needs; what cannot be removed is left to the next run."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        if target.is_file() or target.is_symlink():
-            target.unlink()
-        _rename(temporary, target)
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def remove_debris(folder: Path, name: str = "") -> None:
-    """Removes what a killed process of ours left in `folder`: temporary siblings whose process is gone."""
+    """Removes what a killed process of ours left in `folder` for the output `name` (any, when empty).
+
+    A folder that was moved aside by a process killed before it put the new one in place is put back.
+    """
     try:
-        entries = list(folder.iterdir())
+        entries = sorted(folder.iterdir())
     except OSError:
         return
     for entry in entries:
-        if not entry.name.startswith(f".{name}") or TEMPORARY not in entry.name:
+        stem, found, rest = entry.name.rpartition(TEMPORARY)
+        owner, _, mark = rest.partition("-")
+        if not found or stem[:1] != "." or (name and stem != _stem(name)):
             continue
-        owner = entry.name.rsplit(TEMPORARY, 1)[1].split("-", 1)[0]
         if not owner.isdigit() or _is_running(int(owner)):
             continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
+        target = folder / (name or stem[1:])
+        if mark.startswith(OLD):
             with contextlib.suppress(OSError):
-                entry.unlink()
+                _restore(entry, target)
+        if not mark.startswith(OLD) or target.exists():
+            _delete(entry)
 
 
 def _is_running(process: int) -> bool:

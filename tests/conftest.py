@@ -1,0 +1,31 @@
+"""What several tests share: running the command as a user would, and tiny artefacts made in process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def run_llmcli(*words: object, environment: dict[str, str] | None = None, **details: object) -> object:
+    """Runs `llmcli` in a child process, with no configuration of the caller's."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("LLMCLI_")}
+    settings: dict[str, object] = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "timeout": 120}
+    return subprocess.run(
+        [sys.executable, "-m", "llmcli", *map(str, words)],
+        env={**kept, "PYTHONPATH": str(ROOT), **(environment or {})},
+        **{**settings, **details},  # type: ignore[call-overload]
+    )
+
+
+@pytest.fixture
+def llmcli() -> Run:
+    """The command `llmcli`, run in a child process."""
+    return run_llmcli  # type: ignore[return-value]
