@@ -18,20 +18,7 @@ from torch import Tensor, nn
 
 from llmcli.models.cache import KeyValueCache
 from llmcli.models.config import DecoderConfig
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm (arXiv:1910.07467), reduced in float32 whatever the input is."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., size) -> (..., size)
-        wide = x.float()
-        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return scaled.to(x.dtype) * self.weight.to(x.dtype)
+from llmcli.models.ops import Conv1D, LayerNorm, Linear, RMSNorm, apply_rope, attend
 
 
 def rope_frequencies(config: DecoderConfig) -> Tensor:
@@ -47,19 +34,6 @@ def rope_frequencies(config: DecoderConfig) -> Tensor:
     return frequencies * ((1 - smooth) / rule["factor"] + smooth)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the halves of each head by its position's angle. x (B, H, T, D); cos, sin broadcast to (B, 1, T, D / 2)."""
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(QK^T / sqrt(D)) V. query (B, H, T, D); key, value (B, K, S, D); mask (B, 1, T, S) or None for causal."""
-    grouped = query.size(1) != key.size(1)
-    causal = mask is None and query.size(2) > 1
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-
-
 class Attention(nn.Module):
     """Self-attention of the Llama family: grouped key/value heads, rotary positions, optional QK-norm."""
 
@@ -67,10 +41,10 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         wide, narrow = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, wide, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
-        self.o_proj = nn.Linear(wide, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = Linear(config.hidden_size, wide, bias=config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, narrow, bias=config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, narrow, bias=config.attention_bias)
+        self.o_proj = Linear(wide, config.hidden_size, bias=config.attention_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
@@ -93,9 +67,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -124,10 +98,11 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.frequencies: Tensor
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
-    def forward(self, ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:  # (B, T) -> (B, T, C)
-        x = self.embed_tokens(ids)
+    def forward(self, ids: Tensor, cache: KeyValueCache | None, dtype: torch.dtype) -> Tensor:  # (B, T) -> (B, T, C)
+        x = self.embed_tokens(ids).to(dtype)
         positions, mask = (None, None) if cache is None else cache.begin(ids.size(1))
         if positions is None:
             positions = torch.arange(ids.size(1), device=ids.device)[None]
@@ -136,18 +111,6 @@ class LlamaModel(nn.Module):
         for layer in self.layers:
             x = layer(x, cos, sin, cache, mask)
         return self.norm(x)
-
-
-class Conv1D(nn.Module):
-    """GPT-2's linear map, whose weight is stored (inputs, outputs)."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(inputs, outputs))
-        self.bias = nn.Parameter(torch.zeros(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.t(), self.bias)
 
 
 class GPT2Attention(nn.Module):
@@ -184,9 +147,9 @@ class GPT2Layer(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.ln_1 = LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.attn = GPT2Attention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.ln_2 = LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = GPT2MLP(config)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
@@ -202,13 +165,13 @@ class GPT2Model(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.h = nn.ModuleList(GPT2Layer(config, index) for index in range(config.num_hidden_layers))
-        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.ln_f = LayerNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:  # (B, T) -> (B, T, C)
+    def forward(self, ids: Tensor, cache: KeyValueCache | None, dtype: torch.dtype) -> Tensor:  # (B, T) -> (B, T, C)
         positions, mask = (None, None) if cache is None else cache.begin(ids.size(1))
         if positions is None:
             positions = torch.arange(ids.size(1), device=ids.device)[None]
-        x = self.wte(ids) + self.wpe(positions)
+        x = (self.wte(ids) + self.wpe(positions)).to(dtype)
         for layer in self.h:
             x = layer(x, cache, mask)
         return self.ln_f(x)
@@ -220,12 +183,13 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.compute_dtype: torch.dtype | None = None  # of the activations; None: the weights' own
         if config.model_type == "gpt2":
             self.transformer = GPT2Model(config)
         else:
             self.model = LlamaModel(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def body(self) -> LlamaModel | GPT2Model:
@@ -245,7 +209,7 @@ class Decoder(nn.Module):
 
     def hidden(self, ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Last hidden states, after the last norm: (B, T) -> (B, T, C)."""
-        states: Tensor = self.body(ids, cache)
+        states: Tensor = self.body(ids, cache, self.compute_dtype or self.embedding.dtype)
         if cache is not None:
             cache.commit(ids.size(1))
         return states
@@ -253,7 +217,7 @@ class Decoder(nn.Module):
     def forward(self, ids: Tensor, cache: KeyValueCache | None = None, keep: int | None = None) -> Tensor:
         """Logits of the last `keep` positions, all when None: (B, T) -> (B, keep, V)."""
         states = self.hidden(ids, cache)
-        return F.linear(states if keep is None else states[:, -keep:], self.head)
+        return F.linear(states if keep is None else states[:, -keep:], self.head.to(states.dtype))
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -264,7 +228,8 @@ class Decoder(nn.Module):
     def cache(self, rows: int = 1, capacity: int = 64) -> KeyValueCache:
         """An empty key/value cache for `rows` sequences, which grows up to the context."""
         weight = self.embedding
-        return KeyValueCache(self.config, rows, capacity, device=weight.device, dtype=weight.dtype)
+        dtype = self.compute_dtype or weight.dtype
+        return KeyValueCache(self.config, rows, capacity, device=weight.device, dtype=dtype)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> Decoder:

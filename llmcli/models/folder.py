@@ -21,7 +21,7 @@ from llmcli.models.decoder import Decoder
 T = TypeVar("T")
 
 CONFIG = "config.json"
-_IGNORED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")  # buffers that old checkpoints carry
+_IGNORED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that old checkpoints carry
 
 
 def load_config(folder: Path) -> DecoderConfig:

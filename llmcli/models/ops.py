@@ -1,0 +1,111 @@
+"""Operators of the models: linear maps and norms in the activations' precision, and attention.
+
+Invariant: weights may be stored wider than the activations (float32 masters, bfloat16 activations); every operator
+casts its weight as it is used, so one set of parameters serves training and inference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Up to this many positions the probabilities of a layer are kept for the backward pass on the CPU: there the fused
+# kernel's backward runs at 100 GFLOP/s, plain products at 400 (docs/log.md, "Pretraining speed").
+EXPLICIT_POSITIONS = 1024
+
+
+class Linear(nn.Linear):
+    """A linear map whose weight is cast to its input's precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear map, whose weight is stored (inputs, outputs)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype).t(), self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (arXiv:1910.07467), reduced in float32 whatever the input is."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., size) -> (..., size)
+        wide = x.float()
+        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return scaled.to(x.dtype) * self.weight.to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm (arXiv:1607.06450) whose weights are cast to its input's precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the halves of each head by its position's angle. x (B, H, T, D); cos, sin broadcast to (B, 1, T, D / 2)."""
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(QK^T / sqrt(D)) V. query (B, H, T, D); key, value (B, K, S, D); mask (B, 1, T, S) or None for causal."""
+    if mask is None and torch.is_grad_enabled() and query.device.type == "cpu" and query.size(2) <= EXPLICIT_POSITIONS:
+        return _explicit(query, key, value)
+    grouped = query.size(1) != key.size(1)
+    causal = mask is None and query.size(2) > 1
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+def _explicit(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention as plain products; grouped heads are joined along the queries: (B, K, G x T, D)."""
+    rows, heads, count, size = query.shape
+    groups = heads // key.size(1)
+    joined = query.reshape(rows, key.size(1), groups * count, size)
+    result: Tensor = CausalAttention.apply(joined, key, value, groups)  # type: ignore[no-untyped-call]
+    return result.view(rows, heads, count, size)
+
+
+class CausalAttention(torch.autograd.Function):
+    """Causal attention that keeps the probabilities. query (B, K, G x T, D); key, value (B, K, T, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: int) -> Tensor:
+        scale, count = query.size(-1) ** -0.5, key.size(2)
+        future = torch.full((count, count), float("-inf"), device=query.device).triu(1).repeat(groups, 1)
+        scores = (query @ key.transpose(-1, -2)).float() * scale + future
+        probabilities = torch.softmax(scores, -1).to(query.dtype)
+        output = probabilities @ value
+        ctx.save_for_backward(query, key, value, probabilities, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        query, key, value, probabilities, output = ctx.saved_tensors
+        (gradient,) = gradients
+        scale = query.size(-1) ** -0.5
+        shared = (gradient.float() * output.float()).sum(-1, keepdim=True)  # the softmax's own correction
+        of_probabilities = gradient @ value.transpose(-1, -2)
+        of_scores = (probabilities.float() * (of_probabilities.float() - shared) * scale).to(query.dtype)
+        return (
+            of_scores @ key,
+            of_scores.transpose(-1, -2) @ query,
+            probabilities.transpose(-1, -2) @ gradient,
+            None,
+        )

@@ -1,0 +1,79 @@
+"""Losses: cross-entropy straight from hidden states, without ever holding all logits.
+
+Invariant: the sum over targets times `scale` is returned, so the loss is normalised once, by the number of target
+tokens of the whole accumulated step (not by micro-batch, transformers #24725).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # a target that does not count
+_CHUNK_BYTES = 16 << 20  # logits of one piece, in float32: they stay in the last-level cache
+
+
+def piece_loss(logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of one piece. logits (N, V); targets (N,); scale (). Returns (), (N, V) in logits' dtype."""
+    wide = logits.float()
+    counted = targets != IGNORED
+    total = wide.logsumexp(-1)  # (N,)
+    chosen = wide.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+    loss = ((total - chosen) * counted).sum() * scale
+    weight = (counted * scale)[:, None]
+    hot = torch.arange(wide.size(1), device=logits.device) == targets[:, None]
+    gradient = ((wide - total[:, None]).exp() - hot.float()) * weight
+    return loss, gradient.to(logits.dtype)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Cross-entropy of `hidden @ head^T`, piece by piece; gradients are made on the way forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, scale: Tensor, piece: Callable[..., Any]
+    ) -> Tensor:
+        weight = head.to(hidden.dtype)
+        step = max(16, min(hidden.size(0), _CHUNK_BYTES // (4 * head.size(0))))
+        of_hidden = torch.empty_like(hidden)
+        of_head = torch.zeros_like(head)
+        loss = torch.zeros((), device=hidden.device)
+        for start in range(0, hidden.size(0), step):
+            part = hidden[start : start + step]
+            added, gradient = piece(part @ weight.t(), targets[start : start + step], scale)
+            loss += added
+            of_hidden[start : start + step] = gradient @ weight
+            of_head += gradient.t() @ part
+        ctx.save_for_backward(of_hidden, of_head)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        of_hidden, of_head = ctx.saved_tensors
+        (gradient,) = gradients
+        return of_hidden * gradient.to(of_hidden.dtype), of_head * gradient.to(of_head.dtype), None, None, None
+
+
+def head_loss(
+    hidden: Tensor, head: Tensor, targets: Tensor, scale: Tensor, piece: Callable[..., Any] = piece_loss
+) -> Tensor:
+    """Sum of -log p(target) times `scale`. hidden (B, T, C); head (V, C); targets (B, T), IGNORED where not counted.
+
+    `piece` may be a compiled `piece_loss`. The result carries gradients for `hidden` and `head`.
+    """
+    loss: Tensor = _HeadLoss.apply(hidden.flatten(0, -2), head, targets.flatten(), scale, piece)  # type: ignore
+    return loss
+
+
+def compiler_found() -> bool:
+    """Whether torch.compile has what it needs on this machine: a C++ compiler (CPU), Triton (CUDA)."""
+    if torch.cuda.is_available():
+        from importlib.util import find_spec
+
+        return find_spec("triton") is not None
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++"))
