@@ -5,15 +5,18 @@ Invariant: a failure is one line (or one JSON object) on stderr and a non-zero e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import click
 
-from llmcli.errors import LlmcliError, from_os_error
+from llmcli.errors import LlmcliError, StoppedError, from_os_error
 
 # C0 but tab and newline, DEL, C1, and the marks that change the direction of text: a model's output or a file's name
 # may hold them, and a terminal would obey (RELIABILITY 1.10).
@@ -29,12 +32,13 @@ def write_out(text: str) -> None:
     """Writes to stdout and flushes. Filtered only where a terminal reads it: pipes and files get it raw."""
     if sys.stdout.isatty():
         text = printable(text)
-    try:
-        sys.stdout.write(text)
-    except UnicodeEncodeError:  # a console that is not UTF-8
-        encoding = sys.stdout.encoding or "ascii"
-        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-    sys.stdout.flush()
+    with _stdout_may_fail():
+        try:
+            sys.stdout.write(text)
+        except UnicodeEncodeError:  # a console that is not UTF-8
+            encoding = sys.stdout.encoding or "ascii"
+            sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
 
 
 def as_json(record: Any) -> Any:
@@ -121,10 +125,13 @@ def _silence_stdout() -> None:
 def guarded(command: click.Command, arguments: list[str] | None = None) -> NoReturn:
     """Runs a command to its exit code: errors become lines, a closed pipe ends quietly, Ctrl-C is 130."""
     words = sys.argv[1:] if arguments is None else arguments
+    stdout = sys.stdout
+    signal.signal(signal.SIGTERM, _terminate)  # so that what is half-written is removed on the way out
     as_object, loud = "--json" in words, "-vv" in words or words.count("-v") + words.count("--verbose") > 1
     try:
         code = command.main(words, prog_name="llmcli", standalone_mode=False, auto_envvar_prefix="LLMCLI")
-        _flush_or_fail()
+        with _stdout_may_fail():
+            sys.stdout.flush()
         _leave(code if isinstance(code, int) else 0)
     except click.exceptions.Exit as error:
         _leave(error.exit_code)
@@ -133,8 +140,14 @@ def guarded(command: click.Command, arguments: list[str] | None = None) -> NoRet
     except BrokenPipeError:
         _silence_stdout()
         sys.exit(0)
+    except SystemExit:
+        # On a closed pipe, which is no failure, Click replaces stdout and leaves with 1.
+        if sys.stdout is stdout:
+            raise
+        sys.stdout = stdout
+        _silence_stdout()
+        sys.exit(0)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("", err=True)
         fail(_interrupted(), as_object=as_object)
     except Exception as error:
         if loud:
@@ -147,14 +160,20 @@ def guarded(command: click.Command, arguments: list[str] | None = None) -> NoRet
         fail(LlmcliError(f"a library gave up on this input: {error}"), as_object=as_object)
 
 
-def _flush_or_fail() -> None:
+@contextlib.contextmanager
+def _stdout_may_fail() -> Iterator[None]:
+    """A full disk behind stdout is an error that names it; a closed pipe is none."""
     try:
-        sys.stdout.flush()
+        yield
     except BrokenPipeError:
         raise
     except OSError as error:
         _silence_stdout()
         raise from_os_error(error, "<stdout>") from error
+
+
+def _terminate(number: int, _frame: object) -> NoReturn:
+    raise StoppedError("terminated", signal_number=number)
 
 
 def _interrupted() -> LlmcliError:
