@@ -45,7 +45,7 @@ def settings_of(config: type) -> list[tuple[dataclasses.Field[Any], Setting]]:
 
 
 def scalar_type(annotation: Any) -> tuple[type, bool, bool]:
-    """(type, optional, many) of an annotation: int | None gives (int, True, False), tuple[str, ...] (str, False, True)."""
+    """(type, optional, many) of an annotation: `int | None` gives (int, True, False)."""
     arguments = get_args(annotation)
     if Ellipsis in arguments:
         return arguments[0], False, True
@@ -168,4 +168,98 @@ class TextConfig:
         "What ends a document in a text file: the file, a blank line, each line, or the TEXT given.",
         group="Reading",
         metavar="file|blank|line|TEXT",
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Pretraining
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """How a model is pretrained. None means: decided from the rest, and written down in the run's config.toml."""
+
+    family: str = setting("qwen3", "Model family.", group="Model", choices=("qwen3", "llama", "gpt2"))
+    preset: str | None = setting(
+        None, "Shape by size, see the table; 4m where no shape is given.", group="Model", metavar="NAME"
+    )
+    layers: int | None = setting(None, "Blocks.", group="Model", minimum=1)
+    hidden_size: int | None = setting(None, "Width of the hidden states.", group="Model", minimum=2)
+    heads: int | None = setting(None, "Attention heads.", group="Model", minimum=1)
+    kv_heads: int | None = setting(
+        None, "Key/value heads that they share (default: as many).", group="Model", minimum=1
+    )
+    ffn_size: int | None = setting(None, "Width inside the feed-forward part.", group="Model", minimum=1)
+    context: int | None = setting(None, "Tokens that the model sees at once.", group="Model", minimum=2)
+    tie_embeddings: bool = setting(True, "One matrix for embedding and head.", group="Model")
+
+    tokenizer: str | None = setting(None, "Tokenizer to use; else one is trained.", group="Text", metavar="DIR")
+    kind: str = setting("bpe", "Tokenizer to train.", group="Text", choices=("bpe", "unigram", "wordpiece", "char"))
+    vocab_size: int | None = setting(None, "Its vocabulary (default: the preset's).", group="Text", minimum=2)
+    val_fraction: float = setting(
+        0.05, "Share of the text held out for validation.", group="Text", minimum=0, maximum=0.9
+    )
+    val_by: str = setting(
+        "auto", "Held out by each document's hash, or the tail.", group="Text", choices=("auto", "hash", "tail")
+    )
+
+    max_steps: int | None = setting(None, "Stop after so many steps.", group="Length", minimum=1)
+    max_tokens: int | None = setting(None, "Stop after so many tokens.", group="Length", minimum=1)
+    epochs: float | None = setting(None, "Stop after so many passes over the text.", group="Length", above=0)
+    max_seconds: float | None = setting(
+        None, "Stop after so many seconds, validation included.", group="Length", above=0
+    )
+
+    batch_size: int | None = setting(None, "Rows of a step (default: the preset's).", group="Training", minimum=1)
+    grad_accumulation: int = setting(1, "Pieces that a step's rows are worked off in.", group="Training", minimum=1)
+    optimizer: str = setting("muon", "For the matrices of the blocks.", group="Training", choices=("muon", "adamw"))
+    learning_rate: float | None = setting(
+        None, "Peak, for the blocks (default: 0.02 muon, 0.002 adamw).", group="Training", aliases=("--lr",), above=0
+    )
+    embedding_learning_rate: float | None = setting(
+        None,
+        "Peak, for embedding, head and norms (default: 0.008 muon, as the blocks adamw).",
+        group="Training",
+        above=0,
+    )
+    warmup_steps: int | None = setting(
+        None, "Steps of rising rate (default: 2 %, 10 to 500).", group="Training", minimum=0
+    )
+    decay_fraction: float = setting(
+        0.5, "Share of the run, at its end, in which the rate falls to 0.", group="Training", minimum=0, maximum=1
+    )
+    weight_decay: float = setting(0.0, "Decoupled weight decay of the matrices.", group="Training", minimum=0)
+    max_grad_norm: float = setting(
+        1.0, "Gradients are scaled down to this norm; 0: never.", group="Training", minimum=0
+    )
+    seed: int = setting(0, "Of weights and data order.", group="Training", minimum=0, maximum=2**63 - 1)
+
+    eval_every: int | None = setting(
+        None, "Steps between validations (default: 20 in all).", group="Validation", minimum=1
+    )
+    eval_tokens: int | None = setting(None, "Tokens of a validation (default: 65,536).", group="Validation", minimum=1)
+    patience: int = setting(
+        0, "Stop after so many validations without a better one; 0: never.", group="Validation", minimum=0
+    )
+
+    save_every: int | None = setting(
+        None, "Steps between checkpoints (default: as validations).", group="Saving", minimum=1
+    )
+    save_total_limit: int = setting(2, "Checkpoints that are kept; 0: all.", group="Saving", minimum=0)
+
+    device: str = setting("auto", "Where to train.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
+    threads: int | None = setting(
+        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1
+    )
+    precision: str = setting(
+        "auto",
+        "Of the activations; auto: bfloat16 where the hardware has it.",
+        group="Machine",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    compile: str = setting(
+        "auto",
+        "torch.compile; auto: where a compiler is there and the run is long enough to pay.",
+        group="Machine",
+        choices=("auto", "on", "off"),
     )

@@ -1,0 +1,206 @@
+"""The one training loop: pretraining, fine-tuning and preference training hand it micro-batches and a loss.
+
+Invariant: the state after step N depends on the state at the start, the settings and the batches alone; so N steps
+equal N/2 steps, a kill and a resume, bit for bit on the CPU. The loop yields records; it neither prints nor saves:
+what is to be saved, and where, the caller decides when it gets a record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmcli.errors import LlmcliError
+from llmcli.training.optimizer import Optimizer
+from llmcli.training.schedule import Budget, multiplier
+
+Batch = tuple[Tensor, Tensor]  # inputs, targets
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TrainingEvent:
+    """What happened: "step", "validation", "checkpoint" or "end"."""
+
+    event: str
+    step: int  # steps done
+    tokens: int  # target tokens trained on, over all steps
+    loss: float | None = None  # nats per token
+    bits_per_byte: float | None = None
+    learning_rate: float | None = None
+    gradient_norm: float | None = None
+    tokens_per_second: float | None = None
+    elapsed_seconds: float = 0.0
+    total_steps: int | None = None
+    progress: float = 0.0  # of the budget, 0 to 1
+    best: bool = False  # of a validation: the best so far
+    reason: str | None = None  # of the end: "steps", "seconds", "patience", "stopped"
+
+
+@dataclasses.dataclass
+class TrainingState:
+    """What is kept beside weights and optimizer: a JSON object."""
+
+    step: int = 0
+    tokens: int = 0
+    elapsed_seconds: float = 0.0
+    best_loss: float = math.inf
+    best_step: int = 0
+    bad_validations: int = 0
+    validated_step: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; an infinite best is null."""
+        values = dataclasses.asdict(self)
+        return values | {"best_loss": self.best_loss if math.isfinite(self.best_loss) else None}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TrainingState:
+        """The state that `to_json` wrote."""
+        best = values.get("best_loss")
+        known = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
+        return cls(**known | {"best_loss": math.inf if best is None else best})
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """How the loop goes; see PretrainConfig for what each means to a user."""
+
+    budget: Budget
+    matrix_rate: float
+    rest_rate: float
+    warmup_steps: int
+    decay_fraction: float
+    grad_accumulation: int
+    max_grad_norm: float
+    eval_every: int
+    save_every: int
+    patience: int  # validations without a better one; 0: never stops
+
+
+@dataclasses.dataclass
+class Loop:
+    """A model in training. `batches(number)` yields micro-batches from that number on; `loss` gives a scaled sum."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    settings: LoopSettings
+    state: TrainingState
+    batches: Callable[[int], Iterator[Batch]]
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor]  # inputs, targets, scale -> sum of nats times scale
+    count_targets: Callable[[Tensor], int]
+    validate: Callable[[], tuple[float, float] | None]  # nats per token, bits per byte; None: nothing to validate on
+    stopping: Callable[[], bool]  # whether a signal asked for the end
+    reduce: Callable[[nn.Module], None] = lambda _model: None  # the one place where ranks would exchange gradients
+
+    def run(self) -> Iterator[TrainingEvent]:
+        """Trains to the end of the budget. After a "checkpoint" record the caller saves before it asks for the next."""
+        settings, state = self.settings, self.state
+        began = time.perf_counter() - state.elapsed_seconds
+        coming = self.batches(state.step * settings.grad_accumulation)
+        device = next(self.model.parameters()).device
+        reason = None
+        saved = state.step
+        while reason is None:
+            progress = settings.budget.progress(state.step, state.elapsed_seconds)
+            reason = self._reason(progress)
+            last = reason is not None
+            due = state.step % settings.eval_every == 0 or last
+            if due and state.step > state.validated_step and reason != "stopped":
+                record = self._validation(began)
+                if record is not None:
+                    yield record
+                    if settings.patience and state.bad_validations >= settings.patience and not last:
+                        reason, last = "patience", True
+            if state.step > saved and (state.step % settings.save_every == 0 or last):
+                saved = state.step
+                yield self._event("checkpoint")
+            if last:
+                yield self._event("end", reason=reason)
+                return
+            yield self._step(coming, device, progress, began)
+
+    def _reason(self, progress: float) -> str | None:
+        if self.stopping():
+            return "stopped"
+        if progress < 1.0:
+            return None
+        steps = self.settings.budget.steps
+        return "steps" if steps is not None and self.state.step >= steps else "seconds"
+
+    def _step(self, coming: Iterator[Batch], device: torch.device, progress: float, began: float) -> TrainingEvent:
+        settings, state = self.settings, self.state
+        started = time.perf_counter()
+        rate = multiplier(
+            state.step, progress, warmup_steps=settings.warmup_steps, decay_fraction=settings.decay_fraction
+        )
+        parts = [next(coming) for _ in range(settings.grad_accumulation)]
+        targets = sum(self.count_targets(batch[1]) for batch in parts)
+        scale = torch.tensor(1.0 / max(targets, 1), device=device)
+        total = torch.zeros((), device=device)
+        for inputs, wanted in parts:
+            loss = self.loss(inputs, wanted, scale)
+            torch.autograd.backward([loss])
+            total += loss.detach()
+        self.reduce(self.model)
+        norm = self.optimizer.clip(settings.max_grad_norm)
+        loss_value, norm_value = float(total), float(norm)
+        if not math.isfinite(loss_value) or not math.isfinite(norm_value):
+            what = "loss" if not math.isfinite(loss_value) else "gradient"
+            raise NotFiniteError(what, state.step + 1)
+        self.optimizer.step(settings.matrix_rate * rate, settings.rest_rate * rate)
+        state.step += 1
+        state.tokens += targets
+        now = time.perf_counter()
+        state.elapsed_seconds = now - began
+        return self._event(
+            "step",
+            loss=loss_value,
+            learning_rate=settings.matrix_rate * rate,
+            gradient_norm=norm_value,
+            tokens_per_second=targets / (now - started),
+        )
+
+    def _validation(self, began: float) -> TrainingEvent | None:
+        found = self.validate()
+        state = self.state
+        state.elapsed_seconds = time.perf_counter() - began
+        if found is None:
+            return None
+        state.validated_step = state.step
+        loss, bits = found
+        if not math.isfinite(loss):
+            raise NotFiniteError("validation loss", state.step)
+        better = loss < state.best_loss
+        if better:
+            state.best_loss, state.best_step, state.bad_validations = loss, state.step, 0
+        else:
+            state.bad_validations += 1
+        return self._event("validation", loss=loss, bits_per_byte=bits, best=better)
+
+    def _event(self, kind: str, **details: Any) -> TrainingEvent:
+        state, budget = self.state, self.settings.budget
+        return TrainingEvent(
+            kind,
+            state.step,
+            state.tokens,
+            elapsed_seconds=state.elapsed_seconds,
+            total_steps=budget.steps,
+            progress=budget.progress(state.step, state.elapsed_seconds),
+            **details,
+        )
+
+
+class NotFiniteError(LlmcliError):
+    """A loss or a gradient is NaN or infinite: the run stops, the last checkpoint stands (exit code 1)."""
+
+    kind = "not-finite"
+
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__(f"the {what} is not finite at step {step}; a lower --learning-rate may help")
+        self.step = step
