@@ -71,7 +71,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     for entry in entries:
         if entry.start != reached:
             kind = "overlaps the tensor before it" if entry.start < reached else "leaves a hole before it"
-            raise _refused(path, f"the tensor {entry.name!r} {kind}")
+            raise _refused(path, f"the tensor {entry.name[:80]!r} {kind}")
         reached = entry.end
     if reached != size:
         what = f"{size - reached} bytes follow the last tensor" if size > reached else "the tensors end past the file"
@@ -110,24 +110,23 @@ def _parse(path: Path, raw: bytes) -> list[tuple[str, Any]]:
 
 
 def _entry(path: Path, name: str, value: Any, base: int) -> TensorEntry:
+    what = f"the tensor {name[:80]!r}"
     if _ODD_NAME.search(name):
-        raise _refused(path, f"a tensor has the name {name!r}")
+        raise _refused(path, f"a tensor has the name {name[:80]!r}")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise _refused(path, f"the tensor {name!r} must have dtype, shape and data_offsets, and nothing else")
+        raise _refused(path, f"{what} must have dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise _refused(path, f"the tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}")
+        raise _refused(path, f"{what} has the unknown dtype {str(dtype)[:40]!r}")
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
-        raise _refused(path, f"the tensor {name!r} has a shape that is not a list of sizes")
+        raise _refused(path, f"{what} has a shape that is not a list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
-        raise _refused(path, f"the tensor {name!r} has odd data_offsets")
+        raise _refused(path, f"{what} has odd data_offsets")
     bits = BITS[dtype]
     for size in shape:
         bits *= size  # Python's integers do not wrap around
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
-        raise _refused(
-            path, f"the tensor {name!r} has {offsets[1] - offsets[0]} bytes, its shape and dtype ask for others"
-        )
+        raise _refused(path, f"{what} has {offsets[1] - offsets[0]} bytes, its shape and dtype ask for others")
     return TensorEntry(name, dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 
