@@ -9,6 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The machine's speed decides nothing, and a failure comes back on the next run.
+settings.register_profile("llmcli", deadline=None, derandomize=True, database=None)
+settings.load_profile("llmcli")
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

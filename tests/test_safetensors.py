@@ -160,7 +160,7 @@ def test_what_the_reader_passes_the_library_passes_too(tmp_path: Path) -> None:
             continue  # a dtype that numpy does not have
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=64))
 def test_random_bytes_raise_nothing_else(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "random.safetensors"
