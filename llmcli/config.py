@@ -172,6 +172,44 @@ class TextConfig:
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# Corpora
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusConfig:
+    """How documents become a corpus."""
+
+    val_fraction: float = setting(
+        0.05, "Share of the text held out for validation; 0: none.", group="Corpus", minimum=0, maximum=0.9
+    )
+    val_by: str = setting(
+        "auto",
+        "Held out by the hash of each document, or the tail; auto: the hash where there are enough documents.",
+        group="Corpus",
+        choices=("auto", "hash", "tail"),
+    )
+    dedup: str = setting(
+        "off",
+        "Drop documents that are equal to an earlier one, or nearly so.",
+        group="Corpus",
+        choices=("off", "exact", "near"),
+    )
+    min_chars: int = setting(1, "Drop documents of fewer characters.", group="Corpus", minimum=0)
+    scrub_pii: bool = setting(
+        False,
+        "Replace e-mail addresses, phone and card numbers, IBANs and IP addresses by labels such as [EMAIL].",
+        group="Corpus",
+    )
+    dtype: str = setting(
+        "auto", "Of the ids; auto: the smaller that fits.", group="Corpus", choices=("auto", "uint16", "uint32")
+    )
+    seed: int = setting(0, "Of the split by hash.", group="Corpus", minimum=0, maximum=2**63 - 1)
+    workers: int | None = setting(
+        None, "Processes that encode (default: the cores this process may use).", group="Machine", minimum=1
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # Pretraining
 
 

@@ -46,6 +46,9 @@ MOST_LINES = 400
 # it (or a pipe or a scratch file of its own), and stands here by name with that reason.
 STAGED = {
     "cli/streams.py:_silence_stdout": "opens the null device",
+    "data/corpus.py:PartWriter._next_shard": "a shard, into the staged folder it is given",
+    "data/corpus.py:PartWriter.return_to": "cuts a shard of the staged folder back",
+    "operations/prepare.py:_kept": "a pipe's bytes, into the staged folder",
     "models/folder.py:save_model": "writes config.json beside the weights, into the staged folder it is given",
 }
 

@@ -280,7 +280,7 @@ def _decoder_maker(compression: str) -> Callable[[], Any]:
 
 
 def open_source(
-    source: Source, on_bytes: Callable[[int], None] | None = None, *, hashed: bool = False
+    source: Source, on_bytes: Callable[[int], None] | None = None, *, hashed: bool = False, decompress: bool = True
 ) -> tuple[Any, Raw]:
     """(a BufferedReader of the decompressed bytes, the raw file that counts). The caller closes the first.
 
@@ -298,7 +298,7 @@ def open_source(
     raw = Raw(file, on_bytes, hashed=hashed)
     stream: Any = io.BufferedReader(raw, 1 << 18)
     compression = source.compression or (compression_of(stream.peek(8)[:8]) if source.size is None else "")
-    if compression:
+    if compression and decompress:
         stream = io.BufferedReader(Decompressed(stream, compression, source.name), 1 << 18)
     return stream, raw
 
