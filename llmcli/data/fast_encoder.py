@@ -23,6 +23,7 @@ that the pattern uses, for they may be built for different versions of Unicode.
 from __future__ import annotations
 
 import array
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -217,6 +218,7 @@ def _tiktoken_of(content: Mapping[str, Any]) -> tuple[tiktoken.Encoding, Ids]:
     return words, np.array([vocabulary[token] for token in tokens], dtype=np.uint32)
 
 
+@functools.cache
 def _same_classes(pattern: str) -> bool:
     """Whether both engines give each class of the pattern the same members."""
     return all(_members_in_tiktoken(name) == members(name) for name in set(_CLASS.findall(pattern)))
