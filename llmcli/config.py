@@ -172,6 +172,46 @@ class TextConfig:
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """How a tokenizer is trained."""
+
+    kind: str = setting(
+        "bpe",
+        "bpe and unigram work on bytes and know every text; wordpiece is BERT's; char has one token a character.",
+        group="Tokenizer",
+        choices=("bpe", "unigram", "wordpiece", "char"),
+    )
+    vocab_size: int | None = setting(
+        None, "Tokens, special ones included (default: 8192; char: every character).", group="Tokenizer", minimum=2
+    )
+    special_tokens: tuple[str, ...] = setting(
+        (),
+        "A further special token; may be given again. <|endoftext|> is always there.",
+        group="Tokenizer",
+        flag="--special-token",
+        metavar="TEXT",
+    )
+    min_frequency: int | None = setting(
+        None,
+        "Pairs (char: characters) that are rarer are left out (default: 2; char: 1).",
+        group="Tokenizer",
+        minimum=1,
+    )
+    max_chars: int | None = setting(
+        None,
+        "Use at most so many characters, spread over the whole input where its size is known.",
+        group="Amount",
+        minimum=1,
+    )
+    doc_cap: int | None = setting(None, "Use at most so many characters of each document.", group="Amount", minimum=1)
+    seed: int = setting(0, "Of the choice that --max-chars makes.", group="Amount", minimum=0, maximum=2**63 - 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # Corpora
 
 

@@ -180,7 +180,7 @@ class WordCounter:
         from scripts written without spaces, and leave the others whole.)
         """
         self.thinned += 1
-        salt = struct.pack("<I", self.thinned)
+        salt = self.thinned * 0x9E3779B9
         sizes = Counter(self.words.values())
         limit, seen = 0, 0
         for count in sorted(sizes):
@@ -191,7 +191,7 @@ class WordCounter:
         for word, count in self.words.items():
             if count > limit:
                 kept[word] = count
-            elif zlib.crc32(word.encode("utf-8") + salt) & 1:
+            elif (zlib.crc32(word.encode("utf-8")) ^ salt) * 0xD1342543DE82EF95 >> 63 & 1:
                 kept[word] = 2 * count
         self.words = kept
 
