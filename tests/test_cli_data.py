@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import Run
+from conftest import ROOT, Run
 from small_tokenizer import make_tokenizer
 
 from llmcli.cli.data import data
@@ -110,6 +110,10 @@ def test_the_whole_command_in_a_process(place: Path, llmcli: Run) -> None:
     done = llmcli("data", "prepare", "nothing.txt", "-t", "tokenizer", "-o", "other", cwd=place)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "Error: nothing.txt: no such file or folder\n"
+    closed = f"exec {sys.executable} -m llmcli data prepare - -t tokenizer -o other <&-"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(closed, shell=True, capture_output=True, text=True, cwd=place, env=environment)
+    assert (done.returncode, done.stderr) == (2, "Error: <stdin>: is closed\n")
     done = llmcli("data", "prepare", "notes.txt", *PREPARE, "--json", cwd=place)
     assert (done.returncode, json.loads(done.stderr)["error"]["kind"]) == (2, "usage")
 

@@ -12,6 +12,7 @@ import string
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from llmcli.config import CorpusConfig, TextConfig
 from llmcli.data import dedup, encode_pool, pii, readers
 from llmcli.data.corpus import Corpus, PartWriter, dtype_for, open_corpus
 from llmcli.data.dedup import DigestSet, band_keys
+from llmcli.data.split import Piece, Split, SplitScan, kept_pieces
 from llmcli.data.tokenizer import load_tokenizer
 from llmcli.errors import DataError, LlmcliError, UsageError
 from llmcli.operations.prepare import PrepareReport, prepare
@@ -245,10 +247,6 @@ def test_a_few_documents_are_split_by_the_tail(tokenizer: Path, tmp_path: Path) 
     st.floats(0.05, 0.9),
 )
 def test_the_tail_never_loses_a_character(documents: list[str], fraction: float) -> None:
-    from collections import Counter
-
-    from llmcli.data.split import SplitScan, kept_pieces
-
     kept = [document for document in documents if not document.isspace()]
     config = CorpusConfig(val_fraction=fraction, val_by="tail")
 
@@ -262,6 +260,14 @@ def test_the_tail_never_loses_a_character(documents: list[str], fraction: float)
     assert [piece.part for piece in found] == sorted((piece.part for piece in found), key="train val".index)
     assert all(piece.first and piece.final for piece in found)
     assert all(piece.text for piece in found)
+
+
+def test_a_text_that_changes_between_the_passes_is_an_error() -> None:
+    split = Split("tail", 0.5, 0, begin=3, characters=6)
+    whole = [Piece("a\nb\nc\n", "a.txt", 1, True, True)]
+    assert [piece.text for piece in split.divide(whole)] == ["a\nb\n", "c\n"]
+    with pytest.raises(DataError, match="changed while it was read: 8 characters, before 6"):
+        list(split.divide([*whole, Piece("d\n", "a.txt", 4, True, True)]))
 
 
 def test_no_validation_and_too_little_text(tokenizer: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Duplicates: equal documents by a 128-bit hash of their text, similar ones by MinHash.
 
-Invariant: what is held of a document is of fixed size: about 32 bytes for equality, 150 for similarity, whatever its
+Invariant: what is held of a document is of fixed size: about 30 bytes for equality, 300 for similarity, whatever its
 length. The first of several alike is kept, so the result depends on the order of the documents alone.
 
 Similar means that the sets of five-word runs (letters of scripts without spaces count as words) overlap: of pairs with
@@ -32,7 +32,7 @@ def digest_of(text: bytes) -> bytes:
 
 
 class DigestSet:
-    """A set of 128-bit digests in 32 bytes each at most: open addressing in one array; Python's set takes 120."""
+    """A set of 128-bit digests in 21 to 43 bytes each: open addressing in one array; Python's set takes 120."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -288,6 +288,8 @@ def open_source(
     """
     try:
         if source.path is None:
+            if sys.stdin is None:  # closed by the shell: `<&-`
+                raise DataError("is closed", where=source.name)
             file: BinaryIO = sys.stdin.buffer
         elif source.size is None:
             file = _open_pipe(source.path)

@@ -17,6 +17,7 @@ from llmcli.config import CorpusConfig
 from llmcli.data import pii
 from llmcli.data.dedup import digest_of
 from llmcli.data.readers import Document, pieces
+from llmcli.errors import DataError
 
 ENOUGH_DOCUMENTS = 20  # fewer are split by the tail
 _ENOUGH_HELD_OUT = 10  # so many seen on each side: the hash does, the rest need not be looked at
@@ -63,6 +64,7 @@ class Split:
     fraction: float
     seed: int
     begin: int = 0  # tail: characters before it
+    characters: int = 0  # tail: in all
     place: str = ""  # tail: file:line where it begins, once it was passed
 
     def part_of(self, digest: bytes) -> str:
@@ -74,7 +76,10 @@ class Split:
         return "val" if value < self.fraction * 2.0**64 else "train"
 
     def divide(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """The pieces with their part; by tail the one that lies across its begin becomes two documents."""
+        """The pieces with their part; by tail the one that lies across its begin becomes two documents.
+
+        Raises DataError where the text is not the one that the tail was measured in.
+        """
         if self.by != "tail":
             yield from pieces
             return
@@ -97,6 +102,8 @@ class Split:
                 yield dataclasses.replace(piece, text=piece.text[:cut], final=True, part="train")
             first = piece.first or cut > 0
             yield dataclasses.replace(piece, text=piece.text[cut:], line=line, first=first, part="val")
+        if passed != self.characters:
+            raise DataError(f"the text changed while it was read: {passed:,} characters, before {self.characters:,}")
 
     def description(self) -> dict[str, Any]:
         """For corpus.json."""
@@ -161,4 +168,4 @@ class SplitScan:
         if self.config.val_by == "auto" and enough and (fair or many):
             return self.by_hash
         begin = self.characters - round(self.characters * self.config.val_fraction)
-        return Split("tail", self.config.val_fraction, self.config.seed, begin)
+        return Split("tail", self.config.val_fraction, self.config.seed, begin, self.characters)

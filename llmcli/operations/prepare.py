@@ -1,7 +1,7 @@
 """Preparing a corpus: documents read, cleaned, split, encoded and written.
 
 Invariant: the corpus depends on the inputs, the tokenizer and the settings alone, byte for byte: not on the number of
-workers, their speed, or the engine that encodes. Memory does not grow with the size of the input, but for the 32 bytes
+workers, their speed, or the engine that encodes. Memory does not grow with the size of the input, but for the 30 bytes
 a document that `--dedup exact` takes (`near`: 300).
 """
 
