@@ -24,6 +24,7 @@ CORPUS = "corpus.json"
 VERSION = 1
 SHARD_TOKENS = 1 << 28  # 512 MB of uint16
 PARTS = ("train", "val")
+_HELD_TOKENS = 1 << 17
 _HEADER = 128  # bytes of a .npy header of ours: its magic, its length, a dictionary padded with spaces
 
 
@@ -54,30 +55,44 @@ class PartWriter:
         self.file: BinaryIO | None = None
         self.counts: list[int] = []  # tokens of each shard
         self.tokens = self.bytes = self.documents = 0
+        self._held: list[np.ndarray] = []  # ids that are counted and not yet in a file: short documents come in crowds
+        self._held_tokens = 0
 
     def path(self, shard: int) -> Path:
         """The file of a shard."""
         return self.folder / f"{self.part}-{shard:05d}.npy"
 
     def write(self, ids: np.ndarray, size: int) -> None:
-        """Appends ids that stand for `size` bytes of UTF-8 text."""
+        """Appends ids that stand for `size` bytes of UTF-8 text. They must not change after."""
         self.tokens += len(ids)
         self.bytes += size
+        self._held.append(ids)
+        self._held_tokens += len(ids)
+        if self._held_tokens >= _HELD_TOKENS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._held:
+            return
+        ids = np.concatenate(self._held, dtype=self.dtype)
+        self._held, self._held_tokens = [], 0
         while len(ids):
             if self.file is None or self.counts[-1] >= self.shard_tokens:
                 self._next_shard()
             assert self.file is not None
             part = ids[: self.shard_tokens - self.counts[-1]]
-            self.file.write(np.ascontiguousarray(part, self.dtype).data)
+            self.file.write(part.data)
             self.counts[-1] += len(part)
             ids = ids[len(part) :]
 
     def mark(self) -> Mark:
         """Where the part stands now."""
+        self._flush()
         return Mark(len(self.counts), self.counts[-1] if self.counts else 0, self.tokens, self.bytes)
 
     def return_to(self, mark: Mark) -> None:
         """Takes back what was written after the mark."""
+        self._flush()
         while len(self.counts) > mark.shard:
             self._close()
             self.path(len(self.counts) - 1).unlink()
@@ -93,6 +108,7 @@ class PartWriter:
 
     def close(self) -> None:
         """Completes the last shard."""
+        self._flush()
         self._close()
 
     def _next_shard(self) -> None:

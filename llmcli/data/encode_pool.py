@@ -51,14 +51,14 @@ class EncoderConfig:
     similar: bool = False  # compute the band keys of near-duplicates
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Encoded:
     """A piece of text as ids."""
 
     ids: np.ndarray
     size: int  # UTF-8 bytes of the text that was encoded
     digest: bytes
-    found: tuple[int, ...]  # personal data, in the order of pii.LABELS
+    found: tuple[int, ...]  # personal data, in the order of pii.LABELS; empty where none was looked for
     bands: list[bytes]
 
 
@@ -135,18 +135,21 @@ def _unpack_batch(body: bytes) -> list[tuple[bytes, bool]]:
 
 
 _OK, _MISMATCH, _FAILED = b"k", b"m", b"f"
+_NO_BANDS: list[bytes] = []
 _NOTHING = (0,) * len(pii.LABELS)
-_COLUMNS = 2 + len(_NOTHING)
 
 
-def _pack_result(encoded: Sequence[Encoded], *, similar: bool) -> list[bytes]:
+def _pack_result(encoded: Sequence[Encoded], config: EncoderConfig) -> list[bytes]:
     numbers = array("Q", [len(encoded)])
-    for item in encoded:
-        numbers.extend((len(item.ids), item.size, *(item.found or _NOTHING)))
-    parts = [_OK, numbers.tobytes(), b"".join(item.digest for item in encoded)]
-    if similar:
+    numbers.extend([len(item.ids) for item in encoded])
+    numbers.extend([item.size for item in encoded])
+    if config.scrub_pii:
+        for item in encoded:
+            numbers.extend(item.found or _NOTHING)
+    parts = [_OK, numbers.tobytes(), b"".join([item.digest for item in encoded])]
+    if config.similar:
         parts += [key for item in encoded for key in item.bands]
-    parts += [item.ids.tobytes() for item in encoded]
+    parts.append(np.concatenate([item.ids for item in encoded]).tobytes())
     return parts
 
 
@@ -157,19 +160,26 @@ def _unpack_result(body: bytes, config: EncoderConfig) -> list[Encoded]:
     if status == _FAILED:
         raise LlmcliError(f"encoding failed: {body[1:].decode()}")
     count = int.from_bytes(body[1:9], "little")
-    place = 9 + count * _COLUMNS * 8
+    place = 9 + count * 8 * (2 + len(_NOTHING) * config.scrub_pii)
     numbers = array("Q", body[9:place])
     digests, place = body[place : place + dedup.DIGEST * count], place + dedup.DIGEST * count
-    keys = [body[place + n * dedup.DIGEST :][: dedup.DIGEST] for n in range(count * dedup.BANDS * config.similar)]
+    keys = [
+        body[place + n * dedup.DIGEST : place + (n + 1) * dedup.DIGEST]
+        for n in range(count * dedup.BANDS * config.similar)
+    ]
     place += len(keys) * dedup.DIGEST
     ids = np.frombuffer(body, config.dtype, offset=place)
     encoded, start = [], 0
+    found: tuple[int, ...] = ()
     for n in range(count):
-        length, size, *found = numbers[n * _COLUMNS : (n + 1) * _COLUMNS]
+        end = start + numbers[n]
+        if config.scrub_pii:
+            first = 2 * count + n * len(_NOTHING)
+            found = tuple(numbers[first : first + len(_NOTHING)])
         digest = digests[n * dedup.DIGEST : (n + 1) * dedup.DIGEST]
-        bands = keys[n * dedup.BANDS : (n + 1) * dedup.BANDS]
-        encoded.append(Encoded(ids[start : start + length], size, digest, tuple(found), bands))
-        start += length
+        bands = keys[n * dedup.BANDS : (n + 1) * dedup.BANDS] if keys else _NO_BANDS
+        encoded.append(Encoded(ids[start:end], numbers[count + n], digest, found, bands))
+        start = end
     return encoded
 
 
@@ -207,7 +217,7 @@ def serve() -> None:
     try:
         encoder = Encoder(config)
         while (batch := batches.get()) is not None:
-            results.put(_pack_result(encoder.encode(batch), similar=config.similar))
+            results.put(_pack_result(encoder.encode(batch), config))
     except EngineMismatchError:
         results.put([_MISMATCH])
     except BaseException as error:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from llmcli.config import CorpusConfig
-from llmcli.data import pii
+from llmcli.data import pii, readers
 from llmcli.data.dedup import digest_of
 from llmcli.data.readers import Document, pieces
 from llmcli.errors import DataError
@@ -47,6 +47,10 @@ def kept_pieces(documents: Iterable[Document], min_chars: int, dropped: Counter[
             if len(document.text) < min_chars:
                 dropped["short"] += 1
                 continue
+        if len(document.text) <= readers.PIECE:
+            yield Piece(document.text, document.source, document.line, first, document.final)
+            first = document.final
+            continue
         line = document.line
         # A record of JSON or CSV comes whole; it is cut in the same places as a file with that text.
         for text, last in pieces(iter((document.text,))):

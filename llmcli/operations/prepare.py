@@ -223,24 +223,24 @@ class _Job:
             writers = {part: PartWriter(self.folder, part, encoder.dtype, self.shard_tokens) for part in PARTS}
             for writer in writers.values():
                 stack.callback(writer.close)
-            pool: EncodePool[list[Piece]] = stack.enter_context(EncodePool(encoder, self.workers))
+            pool: EncodePool[list[_Meta]] = stack.enter_context(EncodePool(encoder, self.workers))
             written = _Written(writers, split, self.config, log, dropped)
             yield Progress("encode", 0, self.total, "bytes")
             for batch, encoded in pool.encode(self._batches(split.divide(self._pieces(log, dropped)))):
-                for piece, result in zip(batch, encoded, strict=True):
-                    written.take(piece, result)
+                for (first, final, part), result in zip(batch, encoded, strict=True):
+                    written.take(result, first, final, part)
                 yield Progress("encode", self.done, self.total, "bytes")
         return written
 
     @staticmethod
-    def _batches(pieces: Iterator[Piece]) -> Iterator[tuple[list[Piece], list[tuple[bytes, bool]]]]:
-        """Pieces of about equal size in sum, with their UTF-8; the texts themselves are let go."""
-        batch: list[Piece] = []
+    def _batches(pieces: Iterator[Piece]) -> Iterator[tuple[list[_Meta], list[tuple[bytes, bool]]]]:
+        """Pieces of about equal size in sum, as UTF-8, and what else is to be known of each."""
+        batch: list[_Meta] = []
         texts: list[tuple[bytes, bool]] = []
         size = 0
         for piece in pieces:
             data = piece.text.encode()
-            batch.append(dataclasses.replace(piece, text=""))
+            batch.append((piece.first, piece.final, piece.part))
             texts.append((data, piece.final))
             size += len(data)
             if size >= _BATCH_BYTES or len(batch) >= _BATCH_TEXTS:
@@ -248,6 +248,9 @@ class _Job:
                 batch, texts, size = [], [], 0
         if batch:
             yield batch, texts
+
+
+_Meta = tuple[bool, bool, str]  # of a piece: first, final, part
 
 
 class _Written:
@@ -274,18 +277,19 @@ class _Written:
         self.found: Counter[str] = Counter()
         self.repeated = False
 
-    def take(self, piece: Piece, result: Encoded) -> None:
+    def take(self, result: Encoded, first: bool, final: bool, part: str) -> None:
         """Writes a piece, or takes its document back when its end shows that it is a duplicate."""
-        if piece.first and piece.final:
+        if first and final:
             if self._is_duplicate(result.digest, result.bands):
                 return
-            part = self._part_of(piece, result.digest)
-            self.writers[part].write(result.ids, result.size)
-            self.writers[part].documents += 1
-            self._count_pii(result, self.pii)
+            writer = self.writers[self._part_of(part, result.digest)]
+            writer.write(result.ids, result.size)
+            writer.documents += 1
+            if result.found:
+                self._count_pii(result, self.pii)
             return
-        if piece.first:
-            self.part = piece.part or self.split.part_of(result.digest)
+        if first:
+            self.part = part or self.split.part_of(result.digest)
             self.mark = self.writers[self.part].mark()
             self.joined, self.found = hashlib.blake2b(digest_size=16), Counter()
             # Similarity is judged by the first piece: a million characters say enough.
@@ -293,7 +297,7 @@ class _Written:
         self.joined.update(result.digest)
         self.writers[self.part].write(result.ids, result.size)
         self._count_pii(result, self.found)
-        if piece.final:
+        if final:
             assert self.mark is not None
             if self.repeated or self._is_duplicate(self.joined.digest(), None):
                 self.writers[self.part].return_to(self.mark)
@@ -310,12 +314,12 @@ class _Written:
         self.dropped["duplicates"] += 1
         return True
 
-    def _part_of(self, piece: Piece, digest: bytes) -> str:
+    def _part_of(self, part: str, digest: bytes) -> str:
         if self.trained is None:
             return self.split.part_of(digest)
-        if piece.part == "train":
+        if part == "train":
             self.trained.add(digest)
-        return "train" if digest in self.trained else piece.part
+        return "train" if digest in self.trained else part
 
     @staticmethod
     def _count_pii(result: Encoded, counts: Counter[str]) -> None:
