@@ -108,6 +108,12 @@ def test_parquet_and_zstd(put: Put) -> None:
     assert "a.parquet:row 1: field 'id' holds a number" in refused("a.parquet", text_field="id")
 
 
+def test_a_forged_count_of_rows_is_refused(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    put("a.parquet", parquet(["a"] * 3))
+    monkeypatch.setattr(tables, "_ROWS_A_BYTE", 0.001)
+    assert "a.parquet: claims 3 rows in" in refused("a.parquet")
+
+
 def test_tsv_takes_quotes_as_they_are_unless_the_whole_cell_is_quoted(put: Put) -> None:
     put("a.tsv", '"so what , he said\t1\n"quoted ""whole"""\t0\nit\'s "fun"\t1\n')
     assert texts("a.tsv", text_field="1") == ['"so what , he said', 'quoted "whole"', 'it\'s "fun"']

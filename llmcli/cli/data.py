@@ -28,12 +28,15 @@ def progress(title: str) -> Iterator[Callable[[Progress], None]]:
     """A line every few seconds."""
     told = time.monotonic()
 
+    def amount(count: int, unit: str) -> str:
+        return size(count) if unit == "bytes" else f"{count:,} {unit}"
+
     def show(record: Progress) -> None:
         nonlocal told
         if time.monotonic() - told >= 5:
             told = time.monotonic()
-            share = f" of {size(record.total)}" if record.total else ""
-            notice(f"{title}: {record.stage}, {size(record.done)}{share}")
+            share = f" of {amount(record.total, record.unit)}" if record.total else ""
+            notice(f"{title}: {record.stage}, {amount(record.done, record.unit)}{share}")
 
     yield show
 

@@ -2,7 +2,8 @@
 
 Invariant: what has a checksum (card: Luhn, ISO/IEC 7812-1; IBAN: mod 97, ISO 13616) is replaced only where it holds.
 Phone numbers have none, so they are taken in the forms that people write: international with `+` or `00`, North
-American 3-3-4, national with a leading 0 and separators, Chinese mobile. Names and addresses are not looked for.
+American 3-3-4, national with a leading 0 and separators, Chinese mobile. A version number of four parts is taken for an
+IP address. Names and postal addresses are not looked for.
 """
 
 from __future__ import annotations
