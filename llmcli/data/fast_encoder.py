@@ -66,15 +66,13 @@ class FastEncoder:
 
     def encode(self, text: str) -> Ids:
         """The ids of a text, uint32; no special tokens are added. Raises DataError for text that cannot be encoded."""
+        refuse_surrogates(text)
+        if self.engine == "table":
+            return self._ids[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)]
         try:
-            if self.engine == "table":
-                return self._ids[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)]
             if self.engine == "tiktoken" and self._is_safe(text):
                 ranks = array.array("I", self._words.encode_ordinary(text))  # thrice as fast as numpy from a list
                 return self._ids[np.frombuffer(ranks, dtype=np.uint32)]
-        except UnicodeEncodeError:
-            refuse_surrogates(text)
-            raise
         except BaseException as error:
             if not is_panic(error):
                 raise

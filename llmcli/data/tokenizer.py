@@ -158,11 +158,11 @@ class TextTokenizer:
         encode = tokenizer.encode_batch if offsets else tokenizer.encode_batch_fast
         message = "its pattern makes the tokenizers library give up on this text"
         with self._contained(message, always_quiet=any(len(text) > _LONG for text in texts)):
+            for text in texts:
+                refuse_surrogates(text)
             try:
                 found: list[Any] = encode(list(texts), add_special_tokens=special)
             except Exception as error:
-                for text in texts:
-                    refuse_surrogates(text)
                 reason = " ".join(str(error).split())
                 raise DataError(f"the text cannot be encoded: {reason}", where=self.files.where) from error
         return found
@@ -208,7 +208,12 @@ class TextTokenizer:
 
 
 def refuse_surrogates(text: str) -> None:
-    """Raises DataError where a text holds half a surrogate pair, which is no character and has no UTF-8."""
+    """Raises DataError where a text holds half a surrogate pair, which is no character and has no UTF-8.
+
+    The libraries would put U+FFFD in its place and say nothing.
+    """
+    if text.isascii():
+        return
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
