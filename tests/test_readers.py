@@ -204,6 +204,7 @@ def test_pieces_depend_on_the_text_alone(text: str, size: int) -> None:
 def test_the_best_place_to_cut() -> None:
     assert cut_place("aaaa bbbb\nccc ddd eee", 16) == 10
     assert cut_place("aaaa bbbb\n\nccc ddd eee", 16) == 14  # a single space is safe, the blank line is not
+    assert cut_place("字" * 10 + "。" + "字" * 20, 16) == 10
     assert cut_place("字" * 30, 16) == 16
 
 

@@ -300,14 +300,16 @@ def pieces(chunks: Iterator[str]) -> Iterator[tuple[str, bool]]:
 def cut_place(text: str, limit: int) -> int:
     """Where to cut a text before `limit`, `limit` < its length: the best place in the last half.
 
-    Best is after a newline between two characters that are no white space, next before a space between two such: there
-    the patterns of GPT-2 and its followers always cut, so the ids on both sides are those of the whole. A text without
-    either (some Chinese, base64) is cut at `limit`, where one id may differ.
+    Best is after a newline between two characters that are no white space, next before a space between two such, next
+    between a letter and a Chinese mark: there the patterns of GPT-2 and its followers always cut, so the ids on both
+    sides are those of the whole. A text with none of them (base64, some Thai) is cut at `limit`. There, and with
+    tokenizers that mark the begin of a text (SentencePiece's), an id or two differ: of a million characters.
     """
-    for before, after in (("\n", 1), (" ", 0)):
+    for before, after in (("\n", 1), (" ", 0), ("。", 0), ("，", 0)):
         place = limit - 1
         while (place := text.rfind(before, limit // 2, place)) > 0:
-            if not text[place - 1].isspace() and not text[place + 1].isspace():
+            left, right = text[place - 1], text[place + 1]
+            if left.isalpha() if not before.isspace() else not left.isspace() and not right.isspace():
                 return place + after
     return limit
 
