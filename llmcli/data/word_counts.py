@@ -14,7 +14,7 @@ Workers import this module: the standard library only.
 
 from __future__ import annotations
 
-import marshal
+import json
 import re
 import struct
 import subprocess
@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, cast
 from llmcli.errors import LlmcliError
 
 BATCH = 8_000_000  # characters a worker gets at once
-STEP = 1_000_000  # characters split at once: their pieces take 15 times their size
+STEP = 100_000  # characters split at once: their pieces take 15 times their size, which the cache should hold
 MAX_WORDS = 1_500_000  # distinct words held; about 250 MB
 MAX_BYTES = 20_000_000  # of distinct words, in UTF-8; Chinese pieces are long and nearly all distinct
 LONGEST_WORD = 128  # characters; a longer one (a ruler, base64) is counted in parts of this length
@@ -58,20 +58,36 @@ class Cutter:
 
 def count_batch(texts: list[str], cutter: Cutter) -> dict[str, int]:
     """The words of the texts, each with how often it occurs."""
-    joined = _BEGIN + f" {_BEGIN}".join(texts)
+    return _count_joined(_join(texts), [len(text) for text in texts], cutter)
+
+
+def _join(texts: list[str]) -> str:
+    return _BEGIN + f" {_BEGIN}".join(texts)
+
+
+def _count_joined(joined: str, sizes: list[int], cutter: Cutter) -> dict[str, int]:
+    """The same for the texts joined; `sizes` are theirs."""
     words: dict[str, int] = {}
-    findall = cutter.for_text(joined)
-    if _KEPT in joined or joined.count(_BEGIN) != len(texts) or joined.count(" ") * 32 < len(joined):
-        for text in texts:
-            for word, count in Counter(findall(text)).items():
+    if _KEPT in joined or joined.count(_BEGIN) != len(sizes) or joined.count(" ") * 32 < len(joined):
+        begin = 1
+        for size in sizes:
+            text = joined[begin : begin + size]
+            for word, count in Counter(cutter.for_text(text)(text)).items():
                 words[word] = words.get(word, 0) + count
+            begin += size + 2
     else:
         in_ascii = cutter.for_text("")
         for piece, count in _count_pieces(joined, cutter).items():
-            part = piece[1:] if piece[:1] == _BEGIN else " " + piece
-            if _KEPT in part:
-                part = part.replace(_KEPT, " ")
-            for word in in_ascii(part) if part.isascii() else findall(part):
+            if piece.isascii():
+                if piece.isalpha():  # one word in every pattern
+                    words[" " + piece] = words.get(" " + piece, 0) + count
+                    continue
+                part = piece[1:] if piece[:1] == _BEGIN else " " + piece
+                found = in_ascii(part.replace(_KEPT, " "))
+            else:
+                part = (piece[1:] if piece[0] == _BEGIN else " " + piece).replace(_KEPT, " ")
+                found = cutter.for_text(part)(part)
+            for word in found:
                 words[word] = words.get(word, 0) + count
     for word in [word for word in words if len(word) > LONGEST_WORD]:
         count = words.pop(word)
@@ -88,21 +104,26 @@ def _count_pieces(text: str, cutter: Cutter) -> Counter[str]:
     so far; a piece that begins with another kind tells that it has to be done again.
     """
     while True:
-        while "  " in text:
-            text = text.replace("  ", _KEPT + " ")
-        for white in cutter.whites:
-            text = text.replace(" " + white, _KEPT + white)
-        text = text.replace(" " + _KEPT, _KEPT * 2)
         pieces: Counter[str] = Counter()
         begin = 0
         while begin >= 0:
             end = text.find(" ", begin + STEP)
-            pieces.update((text[begin:end] if end >= 0 else text[begin:]).split(" "))
+            while end >= 0 and text[end + 1 : end + 2].isspace():
+                end = text.find(" ", end + 1)
+            pieces.update(_marked(text[begin:end] if end >= 0 else text[begin:], cutter.whites).split(" "))
             begin = end + 1 or -1
         new = {piece[0] for piece in pieces if piece[:1].isspace()}
         if not new:
             return pieces
         cutter.whites |= new
+
+
+def _marked(text: str, whites: set[str]) -> str:
+    while "  " in text:
+        text = text.replace("  ", _KEPT + " ")
+    for white in whites:
+        text = text.replace(" " + white, _KEPT + white)
+    return text.replace(" " + _KEPT, _KEPT * 2)
 
 
 def cut_batches(texts: Iterable[str], size: int = BATCH) -> Iterator[list[str]]:
@@ -201,7 +222,7 @@ def _bytes_of(words: Iterable[str]) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Processes. A message is its length (8 bytes) and a marshalled value; both ends are the same interpreter.
+# Processes. A message is its length (8 bytes) and JSON; a batch is two, the sizes of its texts and the texts joined.
 
 
 def _count_all(
@@ -261,16 +282,18 @@ class _Helper:
         self._process = subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
-        self._send(forms)
+        _write(self._stdin, forms)
 
-    def _send(self, value: Any) -> None:
-        _write(cast(BinaryIO, self._process.stdin), value)
+    @property
+    def _stdin(self) -> BinaryIO:
+        return cast(BinaryIO, self._process.stdin)
 
     def count(self, batch: list[str]) -> dict[str, int]:
         """The words of a batch. Raises LlmcliError when the process has died (most often for want of memory)."""
         try:
-            self._send(batch)
-            return cast(dict[str, int], _read(cast(BinaryIO, self._process.stdout)))
+            _write(self._stdin, [len(text) for text in batch])
+            _write_bytes(self._stdin, _join(batch).encode("utf-8"))
+            return cast(dict[str, int], json.loads(_read(cast(BinaryIO, self._process.stdout))))
         except (OSError, EOFError) as error:
             raise LlmcliError("a process that counts words was killed, perhaps for want of memory") from error
 
@@ -281,13 +304,16 @@ class _Helper:
 
 
 def _write(stream: BinaryIO, value: Any) -> None:
-    data = marshal.dumps(value, 2)  # version 2 does not look for repeated objects: twice as fast
+    _write_bytes(stream, json.dumps(value, ensure_ascii=False).encode("utf-8"))
+
+
+def _write_bytes(stream: BinaryIO, data: bytes) -> None:
     stream.write(struct.pack("<Q", len(data)))
     stream.write(data)
     stream.flush()
 
 
-def _read(stream: BinaryIO) -> Any:
+def _read(stream: BinaryIO) -> bytes:
     head = stream.read(8)
     if len(head) < 8:
         raise EOFError
@@ -295,15 +321,16 @@ def _read(stream: BinaryIO) -> Any:
     data = stream.read(size)
     if len(data) < size:
         raise EOFError
-    return marshal.loads(data)
+    return data
 
 
 def serve() -> None:
     """The work of a helper process: pattern first, then batch after batch until the pipe is closed."""
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     try:
-        cutter = Cutter(_read(source))
+        cutter = Cutter(json.loads(_read(source)))
         while True:
-            _write(sink, count_batch(_read(source), cutter))
+            sizes = json.loads(_read(source))
+            _write(sink, _count_joined(_read(source).decode("utf-8"), sizes, cutter))
     except (EOFError, BrokenPipeError):
         return

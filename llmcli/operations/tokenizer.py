@@ -28,7 +28,7 @@ from llmcli.operations.records import Progress
 
 _HEAD = 4_000_000  # characters from which the size of the whole is estimated
 _BLOCK = 4096  # characters that --max-chars takes or leaves together
-_SAMPLE = 1_000_000  # characters on which the new tokenizer's bytes per token are measured
+_SAMPLE = 200_000  # characters on which the new tokenizer's bytes per token are measured
 _UNITS = {"count": "bytes", "merge": "merges", "prune": "pieces"}
 
 
@@ -45,7 +45,7 @@ class TrainReport:
     characters: int  # that were used
     distinct_words: int
     thinned: int  # how often rare words were thinned to stay within the memory
-    bytes_per_token: float  # on the first million characters of the text
+    bytes_per_token: float  # on the begin of the text
     seconds: float
 
 
@@ -85,7 +85,7 @@ def train_tokenizer(
     with staged_folder(output, overwrite=overwrite) as folder:
         done.tokenizer.save(folder)
     sample = "".join(read.sample)
-    tokens = sum(len(ids) for ids in done.tokenizer.fast_encoder().encode_batch(read.sample))
+    tokens = sum(len(ids) for ids in done.tokenizer.encode_batch(read.sample))
     yield TrainReport(
         tokenizer=str(output),
         hash=done.tokenizer.hash,
