@@ -1,0 +1,87 @@
+"""A session on torch: the decoder and its cache, on CPU or GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from llmcli.data.cores import available_cores
+from llmcli.errors import UsageError
+from llmcli.models.cache import KeyValueCache
+from llmcli.models.decoder import Decoder
+from llmcli.models.folder import load_model
+from llmcli.runtime.session import Ids, Logits
+
+
+class TorchSession:
+    """A `Session` over a Decoder: float32 on the CPU, where equality is promised, bfloat16 on CUDA."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.model = model
+        self.vocab_size, self.context = model.config.vocab_size, model.config.max_position_embeddings
+        self._cache: KeyValueCache | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each row holds."""
+        return [] if self._cache is None else [int(length) for length in self._cache.lengths]
+
+    @torch.inference_mode()
+    def start(self, prompts: Sequence[Sequence[int]]) -> Logits:
+        """Begins anew with a row for each prompt; logits after their last tokens: (rows, V)."""
+        sizes = [len(prompt) for prompt in prompts]
+        if not sizes or min(sizes) < 1:
+            raise UsageError("a prompt needs at least one token")
+        longest = max(sizes)
+        self._cache = cache = self.model.cache(rows=len(prompts), capacity=longest + 64)
+        # Shorter rows are filled up on the right: causal attention never looks there, and the rewind forgets it.
+        padded = np.zeros((len(prompts), longest), np.int64)
+        for row, prompt in enumerate(prompts):
+            padded[row, : len(prompt)] = prompt
+        states = self.model.hidden(self._tensor(padded), cache)  # (rows, longest, C)
+        last = torch.tensor(sizes, device=states.device) - 1
+        chosen = states[torch.arange(len(prompts), device=states.device), last]
+        cache.rewind(sizes)
+        return self._logits(chosen)
+
+    @torch.inference_mode()
+    def feed(self, ids: Ids, keep: int = 1) -> Logits:
+        """Appends (rows, n) ids to the rows; logits of the last `keep` positions: (rows, keep, V)."""
+        if self._cache is None:
+            raise UsageError("the session was not started")
+        return self._logits(self.model.hidden(self._tensor(ids), self._cache)[:, -keep:])
+
+    def rewind(self, lengths: int | Sequence[int]) -> None:
+        """Forgets what lies beyond these lengths, one for all rows or one for each."""
+        if self._cache is not None:
+            self._cache.rewind(lengths)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keeps the rows named, in that order; a row named twice is copied."""
+        if self._cache is not None:
+            self._cache.select(rows)
+
+    def close(self) -> None:
+        """Lets the cache go."""
+        self._cache = None
+
+    def _tensor(self, ids: Ids) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(self.model.embedding.device)
+
+    def _logits(self, states: torch.Tensor) -> Logits:
+        return F.linear(states, self.model.head.to(states.dtype)).float().cpu().numpy()
+
+
+def open_session(folder: str | Path, *, device: str = "auto", threads: int | None = None) -> TorchSession:
+    """Loads a model folder. `device`: auto, cpu, cuda or mps; one that does not work is an error, never another."""
+    works = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        device = next(name for name in ("cuda", "mps", "cpu") if works[name])
+    if not works.get(device, False):
+        raise UsageError(f"no working {device} device was found; see llmcli doctor", where="--device")
+    torch.set_num_threads(threads or available_cores())
+    return TorchSession(load_model(folder, device, torch.bfloat16 if device == "cuda" else torch.float32))
