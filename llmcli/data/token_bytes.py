@@ -89,7 +89,7 @@ def _flat(decoder: Any) -> list[dict[str, Any]]:
         return []
     if decoder.get("type") == "Sequence":
         return [step for inner in decoder.get("decoders", ()) for step in _flat(inner)]
-    return [decoder] if isinstance(decoder.get("type"), str) else []
+    return [{**decoder, "type": str(decoder.get("type"))}]
 
 
 def _begin(steps: list[dict[str, Any]]) -> tuple[tuple[str, int], bool]:

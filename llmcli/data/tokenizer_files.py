@@ -106,6 +106,10 @@ def _config(folder: Path) -> dict[str, Any]:
     for name in (SPECIAL_MAP, CONFIG):
         if (folder / name).is_file():
             config |= artefacts.read_json(folder / name)
+    try:
+        json.dumps(config, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError("holds half a surrogate pair, which is no character", where=str(folder / CONFIG)) from error
     return config
 
 
@@ -171,7 +175,10 @@ def check_content(content: Mapping[str, Any], where: str) -> None:
         raise DataError(f"an id of the vocabulary is not a whole number below {_LARGEST_ID:,}", where=where)
     if len(set(ids)) != len(ids):
         raise DataError("the vocabulary gives one id to two tokens", where=where)
-    for token in content.get("added_tokens") or ():
+    added = content.get("added_tokens") or []
+    if not isinstance(added, list):
+        raise DataError("the added tokens are no list", where=where)
+    for token in added:
         if not isinstance(token, dict) or not isinstance(token.get("content"), str):
             raise DataError("an added token has no content", where=where)
         if not token["content"]:
@@ -179,6 +186,8 @@ def check_content(content: Mapping[str, Any], where: str) -> None:
         if not isinstance(token.get("id"), int) or not 0 <= token["id"] < _LARGEST_ID:
             raise DataError(f"the added token {token['content']!r} has no id below {_LARGEST_ID:,}", where=where)
     unknown = model.get("unk_token")
+    if not isinstance(unknown, str | None) or not isinstance(model.get("unk_id"), int | None):
+        raise DataError("the unknown token of the model is no text, or its id no number", where=where)
     if unknown and model.get("type") in ("WordLevel", "WordPiece") and unknown not in vocabulary:
         raise DataError(f"the unknown token {unknown!r} is not in the vocabulary", where=where)
     if model.get("type") == "Unigram" and not (model.get("unk_id") or 0) < max(1, len(ids)):
@@ -210,7 +219,7 @@ def role_tokens(files: TokenizerFiles, known: Mapping[str, int]) -> dict[str, st
         token = value.get("content") if isinstance(value, dict) else value
         if token is None and not files.config:
             token = next((name for name in _CUSTOMARY.get(role, ()) if name in known), None)
-        if token is not None and token not in known:
+        if token is not None and (not isinstance(token, str) or token not in known):
             raise DataError(f"the {role} token {token!r} of {CONFIG} is not in the vocabulary", where=files.where)
         found[role] = token
     if found["unk"] is None:

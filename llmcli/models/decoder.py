@@ -11,6 +11,7 @@ QK-norm (arXiv:2302.05442, as in Qwen3, arXiv:2505.09388), the llama3 rope rule 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from llmcli.models.cache import KeyValueCache
 from llmcli.models.config import DecoderConfig
-from llmcli.models.ops import Conv1D, LayerNorm, Linear, RMSNorm, apply_rope, attend
+from llmcli.models.ops import Conv1D, LayerNorm, Linear, RMSNorm, apply_rope, attend, joined, swiglu
 
 
 def rope_frequencies(config: DecoderConfig) -> Tensor:
@@ -52,7 +53,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)  # (B, T, H, D)
-        query, key, value = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
+        parts = self._projected(x)
+        query, key, value = parts[0].reshape(heads), parts[1].reshape(heads), parts[2].reshape(heads)
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -60,6 +62,12 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.put(self.layer, key, value)
         return self.o_proj(attend(query, key, value, mask).transpose(1, 2).flatten(2))
+
+    def _projected(self, x: Tensor) -> Sequence[Tensor]:
+        if torch.is_grad_enabled():  # one product; to join the weights for a single token would cost more than it saves
+            sizes = [self.q_proj.out_features, self.k_proj.out_features, self.v_proj.out_features]
+            return torch.split(joined(x, self.q_proj, self.k_proj, self.v_proj), sizes, -1)
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
 
 class GatedMLP(nn.Module):
@@ -72,6 +80,8 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.down_proj(swiglu(joined(x, self.gate_proj, self.up_proj)))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -108,6 +118,7 @@ class LlamaModel(nn.Module):
             positions = torch.arange(ids.size(1), device=ids.device)[None]
         angles = positions[:, None, :, None].float() * self.frequencies  # (B or 1, 1, T, D / 2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         for layer in self.layers:
             x = layer(x, cos, sin, cache, mask)
         return self.norm(x)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from llmcli.config import read_toml
-from llmcli.errors import ConfigError, DataError
+from llmcli.errors import ConfigError, DataError, LlmcliError
 from llmcli.files import artefacts
-from llmcli.files.manifest import MANIFEST, manifest_problems, read_manifest, sha256_of
+from llmcli.files.manifest import MANIFEST, manifest_problems, read_manifest
 from llmcli.files.safetensors_header import TensorEntry, read_header
 from llmcli.files.tensors import weight_files
 from llmcli.models.config import read_config
@@ -45,42 +45,21 @@ def describe(path: str | Path) -> Description:
 
 
 def _tokenizer(path: Path) -> dict[str, Any]:
-    folder = path if path.is_dir() else path.parent
-    file = folder / "tokenizer.json"
-    if not file.is_file():  # GPT-2's pair
-        vocabulary = artefacts.read_json(folder / "vocab.json")
-        return {"type": "BPE", "byte_level": True, "vocab_size": len(vocabulary), "special_tokens": {}}
-    content = artefacts.read_json(file)
-    try:
-        model, added = content["model"], content.get("added_tokens") or []
-        special = {token["content"]: token["id"] for token in added if token.get("special")}
-        vocabulary = model["vocab"]
-        names = (
-            set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, _score in vocabulary}
-        )  # unigram's is a list of (piece, score)
-        facts = {
-            "type": model.get("type") or "BPE",
-            "byte_level": "ByteLevel" in json.dumps([content.get("pre_tokenizer"), content.get("decoder")]),
-            "vocab_size": len(names | {token["content"] for token in added}),
-            "merges": len(model["merges"]) if "merges" in model else None,
-            "special_tokens": special,
-        }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError("is not a tokenizer of the Hugging Face format", where=str(file)) from error
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        config = artefacts.read_json(settings)
-        for role in ("bos", "eos", "pad", "unk"):
-            facts[f"{role}_token"] = _token_text(config.get(f"{role}_token"))
-        facts["chat_template"] = bool(config.get("chat_template")) or (folder / "chat_template.jinja").is_file()
-    facts["sha256"] = sha256_of(file)
-    return facts
+    from llmcli.data.tokenizer import load_tokenizer
 
-
-def _token_text(token: Any) -> str | None:
-    """Special tokens stand as texts, or as objects whose content is the text."""
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else None
+    tokenizer = load_tokenizer(path)
+    content = tokenizer.files.content
+    facts: dict[str, Any] = {
+        "type": tokenizer.kind,
+        "byte_level": "ByteLevel" in json.dumps([content.get("pre_tokenizer"), content.get("decoder")]),
+        "vocab_size": tokenizer.vocab_size,
+    }
+    if "merges" in content["model"]:
+        facts["merges"] = len(content["model"]["merges"])
+    facts["special_tokens"] = {tokenizer.token(identity): identity for identity in sorted(tokenizer.special_ids)}
+    for role in ("bos", "eos", "pad", "unk"):
+        facts[f"{role}_id"] = getattr(tokenizer, f"{role}_id")
+    return {**facts, "chat_template": tokenizer.chat_template is not None, "hash": tokenizer.hash}
 
 
 def _corpus(folder: Path) -> dict[str, Any]:
@@ -153,8 +132,11 @@ def _model(folder: Path) -> dict[str, Any]:
     facts["dtype"] = ", ".join(sorted({entry.dtype for entry in entries.values()}))
     facts["weight_bytes"] = sum(entry.end - entry.start for entry in entries.values())
     if (folder / "tokenizer.json").is_file():
-        tokenizer = _tokenizer(folder)
-        facts["tokenizer"] = {key: tokenizer[key] for key in ("type", "vocab_size", "sha256")}
+        try:
+            tokenizer = _tokenizer(folder)
+            facts["tokenizer"] = {key: tokenizer[key] for key in ("type", "vocab_size", "hash")}
+        except LlmcliError as error:
+            facts["tokenizer"] = {"problem": str(error)}
     if (folder / MANIFEST).is_file():
         facts["lineage"] = read_manifest(folder)["lineage"]
     return facts

@@ -16,14 +16,16 @@ from typing import Any
 import numpy as np
 
 from llmcli.config import read_toml
+from llmcli.data.corpus import CORPUS, open_corpus
 from llmcli.errors import LlmcliError
 from llmcli.files import artefacts
-from llmcli.files.manifest import manifest_problems
+from llmcli.files.manifest import manifest_problems, sha256_of
 from llmcli.files.safetensors_header import TensorEntry, read_header
 from llmcli.files.tensors import weight_files
 from llmcli.operations.inspect import tensors_of
 
 _PIECE = 1 << 22  # ids or weights looked at at once: memory stays small whatever the size
+_TOKENIZER_FILES = ("tokenizer", "vocab.json", "merges.txt", "special_tokens_map.json")
 _ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -86,43 +88,14 @@ def _tokenizer_alone(folder: Path) -> Iterator[str]:
 
 
 def _tokenizer(folder: Path) -> Iterator[str]:
-    """Problems of the tokenizer files of a folder."""
+    """Problems of the tokenizer files of a folder; that it encodes at all is tried."""
     from llmcli.data.tokenizer import load_tokenizer
 
-    file = folder / "tokenizer.json"
-    if file.is_file():
-        content = artefacts.read_json(file)
-        yield from (f"tokenizer.json: {problem}" for problem in _vocabulary_problems(content))
     try:
-        tokenizer = load_tokenizer(folder)
-        tokenizer.encode("a b\n")
+        load_tokenizer(folder).encode("It works: 1 2 3.\n")
     except LlmcliError as error:
-        yield artefacts.describe(error, folder)
-        return
-    except BaseException as error:
-        # Rust's panics are BaseException: a pattern or a model that the library gives up on (RELIABILITY, decision 6)
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        yield f"tokenizer.json: cannot encode: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        return
-    for role in ("bos", "eos", "pad", "unk"):
-        identity = getattr(tokenizer, f"{role}_id")
-        if identity is not None and not 0 <= identity < tokenizer.vocab_size:
-            yield f"tokenizer_config.json: the {role} token has id {identity}, the vocabulary {tokenizer.vocab_size}"
-
-
-def _vocabulary_problems(content: Mapping[str, Any]) -> Iterator[str]:
-    model = content["model"]
-    vocabulary = model["vocab"]
-    if isinstance(vocabulary, dict):
-        ids = [identity for identity in vocabulary.values() if isinstance(identity, int)]
-        if len(ids) != len(vocabulary) or any(not 0 <= identity < 2**31 for identity in ids):
-            yield "the vocabulary holds an id that is not a whole number below 2^31"
-        if len(set(ids)) != len(ids):
-            yield "the vocabulary gives one id to two tokens"
-        unknown = model.get("unk_token")
-        if unknown is not None and unknown not in vocabulary:
-            yield f"the unknown token {unknown!r} is not in the vocabulary"
+        told = artefacts.describe(error, folder)
+        yield told if told.startswith(_TOKENIZER_FILES) else f"tokenizer.json: {told}"
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -131,22 +104,25 @@ def _vocabulary_problems(content: Mapping[str, Any]) -> Iterator[str]:
 
 def _corpus(folder: Path) -> Iterator[str]:
     yield from _manifest(folder)
-    yield from (f"tokenizer: {problem}" for problem in _collected(lambda: _tokenizer(folder), folder))
-    content = artefacts.read_json(folder / "corpus.json")
+    yield from _tokenizer(folder)
+    yield from _errors(lambda: open_corpus(folder), folder)
+    content = artefacts.read_json(folder / CORPUS)
     yield from _collected(lambda: _corpus_tokenizer(folder, content), folder)
-    vocabulary = content.get("vocab_size")
-    for part in ("train", "val"):
-        total = 0
-        for path in sorted(folder.glob(f"{part}-*.npy")):
-            try:
-                ids = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                yield f"{path.name}: is not a whole .npy file: {str(error).splitlines()[0] if str(error) else ''}"
-                continue
-            total += ids.size
-            yield from (f"{path.name}: {problem}" for problem in _ids_problems(ids, content.get("dtype"), vocabulary))
-        if total != content.get(f"{part}_tokens"):
-            yield f"{part}: {total} tokens in its files, corpus.json says {content.get(f'{part}_tokens')}"
+    for shard in content["shards"]:
+        path = folder / Path(shard["file"]).name
+        if path.is_file():
+            yield from _collected(partial(_shard_problems, path, shard, content), folder)
+        else:
+            yield f"{path.name}: missing"
+
+
+def _shard_problems(path: Path, shard: Mapping[str, Any], content: Mapping[str, Any]) -> Iterator[str]:
+    if sha256_of(path) != shard.get("sha256"):
+        yield f"{path.name}: its sha256 is not that of corpus.json"
+    ids, vocabulary = np.load(path, mmap_mode="r", allow_pickle=False), content.get("vocab_size")
+    greatest = max((int(ids[start : start + _PIECE].max()) for start in range(0, ids.size, _PIECE)), default=-1)
+    if isinstance(vocabulary, int) and greatest >= vocabulary:
+        yield f"{path.name}: holds the id {greatest}, the vocabulary has {vocabulary} tokens"
 
 
 def _corpus_tokenizer(folder: Path, content: Mapping[str, Any]) -> Iterator[str]:
@@ -157,17 +133,6 @@ def _corpus_tokenizer(folder: Path, content: Mapping[str, Any]) -> Iterator[str]
         yield f"tokenizer.json: its hash is {tokenizer.hash}, corpus.json says {content.get('tokenizer_hash')}"
     if tokenizer.vocab_size != content.get("vocab_size"):
         yield f"tokenizer.json: {tokenizer.vocab_size} tokens, corpus.json says {content.get('vocab_size')}"
-
-
-def _ids_problems(ids: np.ndarray[Any, Any], dtype: Any, vocabulary: Any) -> Iterator[str]:
-    if ids.ndim != 1 or str(ids.dtype) not in ("uint16", "uint32"):
-        yield f"holds {ids.ndim} dimensions of {ids.dtype}; one of uint16 or uint32 was expected"
-        return
-    if str(ids.dtype) != dtype:
-        yield f"holds {ids.dtype}, corpus.json says {dtype}"
-    greatest = max((int(ids[start : start + _PIECE].max()) for start in range(0, ids.size, _PIECE)), default=-1)
-    if isinstance(vocabulary, int) and greatest >= vocabulary:
-        yield f"holds the id {greatest}, the vocabulary has {vocabulary} tokens"
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -200,21 +165,23 @@ def _shape_problems(folder: Path, entries: Mapping[str, TensorEntry]) -> Iterato
     if not (folder / "tokenizer.json").is_file():
         yield "tokenizer.json: missing"
         return
-    yield from _collected(lambda: _tokenizer(folder), folder)
-    greatest = _greatest_id(artefacts.read_json(folder / "tokenizer.json"))
-    if greatest >= config.vocab_size:
-        yield f"tokenizer.json: holds the id {greatest}, the embedding has {config.vocab_size} rows"
+    problems = list(_tokenizer(folder))
+    yield from problems
+    if not problems:
+        yield from _embedding_problems(folder, config.vocab_size)
+
+
+def _embedding_problems(folder: Path, rows: int) -> Iterator[str]:
+    from llmcli.data.tokenizer import load_tokenizer
+
+    size = load_tokenizer(folder).vocab_size
+    if size > rows:
+        yield f"tokenizer.json: has {size} tokens, the embedding {rows} rows"
 
 
 def _as_list(value: Any) -> list[Any]:
     """An id, several (some models end texts in more than one way), or none."""
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _greatest_id(content: Mapping[str, Any]) -> int:
-    vocabulary = content["model"]["vocab"]
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
-    return max([*ids, *(token["id"] for token in content.get("added_tokens") or [])], default=-1)
 
 
 def _value_problems(path: Path) -> Iterator[str]:

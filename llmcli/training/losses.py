@@ -6,12 +6,11 @@ tokens of the whole accumulated step (not by micro-batch, transformers #24725).
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100  # a target that does not count
@@ -70,10 +69,14 @@ def head_loss(
     return loss
 
 
-def compiler_found() -> bool:
-    """Whether torch.compile has what it needs on this machine: a C++ compiler (CPU), Triton (CUDA)."""
-    if torch.cuda.is_available():
-        from importlib.util import find_spec
-
-        return find_spec("triton") is not None
-    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++"))
+@torch.no_grad()
+def summed_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> float:
+    """Sum of -log p(target) in nats, in float32, piece by piece. hidden (B, T, C); head (V, C); targets (B, T)."""
+    flat, wanted = hidden.flatten(0, -2), targets.flatten()
+    weight = head.to(flat.dtype)
+    step = max(16, _CHUNK_BYTES // (4 * head.size(0)))
+    total = 0.0
+    for start in range(0, flat.size(0), step):
+        logits = (flat[start : start + step] @ weight.t()).float()
+        total += float(F.cross_entropy(logits, wanted[start : start + step], ignore_index=IGNORED, reduction="sum"))
+    return total

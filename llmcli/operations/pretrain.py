@@ -1,0 +1,436 @@
+"""`pretrain`: a corpus, or plain text, to a model. One generator that yields what happens.
+
+Invariant: everything that decides the result is settled before the first step and written to the run's config.toml.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmcli import config as configs
+from llmcli.config import CorpusConfig, PretrainConfig, TextConfig, TokenizerConfig
+from llmcli.data.corpus import Corpus, open_corpus
+from llmcli.data.formats import find_inputs
+from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
+from llmcli.errors import ConfigError, DataError, LlmcliError, UsageError
+from llmcli.files.artefacts import CHECKPOINTS, METRICS, RESULT, RUN_CONFIG, is_model
+from llmcli.files.atomic import locked, refuse_existing
+from llmcli.files.checkpoints import keep_newest
+from llmcli.files.journal import Journal
+from llmcli.files.manifest import manifest_problems, versions
+from llmcli.models.config import DecoderConfig
+from llmcli.models.decoder import Decoder
+from llmcli.models.presets import DEFAULT, PRESETS
+from llmcli.operations import run_folder
+from llmcli.operations.prepare import prepare
+from llmcli.operations.records import Progress
+from llmcli.operations.tokenizer import train_tokenizer
+from llmcli.training.batches import TokenWindows, prefetched, validation_windows
+from llmcli.training.loop import Loop, LoopSettings, NotFiniteError, TrainingEvent, TrainingState
+from llmcli.training.losses import head_loss, piece_loss, summed_loss
+from llmcli.training.machine import (
+    Machine,
+    choose_device,
+    choose_precision,
+    choose_threads,
+    compiler_found,
+    prepare_machine,
+)
+from llmcli.training.optimizer import Optimizer, is_matrix
+from llmcli.training.plan import Plan, compile_pays, make_plan
+from llmcli.training.schedule import Budget
+
+_TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al., arXiv:2203.15556) ...
+_EPOCHS = 10.0  # ... where there is text enough; repeating it more often gives little
+_VALIDATIONS = 20
+_BYTES_PER_TOKEN = 3.5  # a guess, for a plan of text that has no tokenizer yet
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Started:
+    """What a run begins with: its plan, its machine, the step that it goes on from."""
+
+    run: str
+    plan: Plan
+    machine: Machine
+    model: DecoderConfig
+    settings: PretrainConfig
+    resumed_from: int | None
+    notices: tuple[str, ...] = ()
+
+
+def pretrain(
+    data: str | Path | Sequence[str],
+    run: str | Path,
+    config: PretrainConfig = PretrainConfig(),  # noqa: B008  (frozen)
+    text: TextConfig = TextConfig(),  # noqa: B008
+    *,
+    resume: str | None = None,
+    overwrite: bool = False,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Iterator[Progress | Started | TrainingEvent]:
+    """Pretrains a model in the folder `run`.
+
+    `data`: a corpus folder, or text files (a tokenizer and a corpus are then made inside the run). `resume`: "auto"
+    goes on from the newest sound checkpoint and begins anew where there is none; a path names one. Yields Progress
+    while the text is prepared, then Started, then TrainingEvents. `stopping` is asked at every step; when it says yes
+    the work is saved and the last record is an "end" with the reason "stopped".
+
+    Raises DataError, ConfigError and UsageError before the first step; NotFiniteError when the loss is not finite.
+    """
+    configs.check(config)
+    configs.check(text)
+    inputs = [str(data)] if isinstance(data, str | os.PathLike) else [str(item) for item in data]
+    place = Path(run)
+    fresh = not place.exists()
+    if resume is None:
+        refuse_existing(place, overwrite=overwrite)
+    if not _is_corpus(inputs):
+        find_inputs(inputs)  # what is not there is said before anything is touched
+    try:
+        if resume is not None and (place / RUN_CONFIG).is_file():
+            stored_data, stored, text = run_folder.read_settings(place)
+            if stored_data != "\n".join(inputs):
+                raise UsageError(f"the run was begun on {stored_data}, not on {' '.join(inputs)}", where=str(place))
+            config = run_folder.merged_settings(stored, config)
+        with locked(place, "run"):
+            if resume is None:
+                run_folder.clear_contents(place)
+            yield from _in_folder(inputs, place, config, text, resume, stopping)
+    except BaseException:
+        # A run that never came to a checkpoint and whose folder is ours leaves nothing behind.
+        if fresh and not (place / CHECKPOINTS).is_dir():
+            run_folder.clear_run(place)
+        raise
+
+
+def plan_pretraining(
+    data: str | Path | Sequence[str],
+    config: PretrainConfig = PretrainConfig(),  # noqa: B008
+    text: TextConfig = TextConfig(),  # noqa: B008
+) -> Started:
+    """The plan of a run, without doing anything. For plain text the count of tokens is a guess from its size."""
+    configs.check(config)
+    inputs = [str(data)] if isinstance(data, str | os.PathLike) else [str(item) for item in data]
+    if _is_corpus(inputs):
+        corpus = open_corpus(inputs[0])
+        tokens, vocabulary = corpus.train_tokens, corpus.vocab_size
+    else:
+        size = sum(source.size or 0 for source in find_inputs(inputs))
+        tokens, vocabulary = int(size * (1 - config.val_fraction) / _BYTES_PER_TOKEN), _vocabulary(config)
+        if config.tokenizer is not None:
+            vocabulary = load_tokenizer(config.tokenizer).vocab_size
+    settled = _settled(config, vocabulary, tokens)
+    return Started("", settled.plan, settled.machine, settled.shape, settled.config, None)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settled:
+    config: PretrainConfig
+    shape: DecoderConfig
+    machine: Machine
+    plan: Plan
+
+
+def _vocabulary(config: PretrainConfig) -> int:
+    return config.vocab_size or PRESETS[config.preset or DEFAULT].vocab_size
+
+
+def _shape(config: PretrainConfig, vocabulary: int) -> DecoderConfig:
+    """The model's shape: the preset's, each part overruled by what is given."""
+    if config.preset is not None and config.preset not in PRESETS:
+        hint = configs.nearest(config.preset, PRESETS)
+        raise ConfigError(f"no preset {config.preset!r}; there are {', '.join(PRESETS)}{hint}", where="preset")
+    preset = PRESETS[config.preset or DEFAULT]
+    size = config.hidden_size or preset.hidden_size
+    heads = config.heads or (preset.heads if size == preset.hidden_size else max(1, size // 64))
+    default_kv = preset.kv_heads if config.heads is None and heads == preset.heads else heads
+    if size % heads:
+        raise ConfigError(f"{heads} heads do not divide a width of {size}", where="heads")
+    default_ffn = preset.ffn_size if size == preset.hidden_size else -(-size * 8 // 3 // 32) * 32
+    gpt2 = config.family == "gpt2"
+    return DecoderConfig(
+        model_type=config.family,
+        vocab_size=vocabulary,
+        hidden_size=size,
+        num_hidden_layers=config.layers or preset.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads if gpt2 else config.kv_heads or default_kv,
+        head_dim=size // heads,
+        intermediate_size=config.ffn_size or (4 * size if gpt2 else default_ffn),
+        max_position_embeddings=config.context or preset.context,
+        norm_eps=1e-5 if gpt2 else 1e-6,
+        tie_word_embeddings=config.tie_embeddings,
+        attention_bias=gpt2,
+        mlp_bias=gpt2,
+    )
+
+
+def _settled(config: PretrainConfig, vocabulary: int, tokens: int) -> _Settled:
+    """Every setting that was left open, decided from the others alone."""
+    shape = _shape(config, vocabulary)
+    with torch.device("meta"):
+        sizes = dict(Decoder(shape).named_parameters())
+    parameters = sum(p.numel() for p in sizes.values())
+    muon = config.optimizer == "muon"
+    matrices = sum(p.numel() for name, p in sizes.items() if muon and is_matrix(name, p))
+    rows = config.batch_size or PRESETS[config.preset or DEFAULT].batch_size
+    if rows % config.grad_accumulation:
+        raise ConfigError(f"{rows} rows cannot be worked off in {config.grad_accumulation} pieces", where="batch_size")
+    per_step = rows * shape.max_position_embeddings
+    steps = _steps(config, parameters, tokens, per_step)
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device, shape.hidden_size)
+    plan = make_plan(
+        shape,
+        parameters=parameters,
+        matrix_parameters=matrices,
+        rows=rows,
+        grad_accumulation=config.grad_accumulation,
+        steps=steps,
+        seconds=config.max_seconds,
+        corpus_tokens=tokens,
+        device=device,
+        precision=precision,
+    )
+    compiles = config.compile == "on" or (config.compile == "auto" and compiler_found(device) and compile_pays(plan))
+    machine = Machine(device, precision, compiles, choose_threads(config.threads))
+    rate = config.learning_rate or (0.02 if muon else 0.002)
+    every = config.eval_every or max(1, min(1000, (steps or 2000) // _VALIDATIONS))
+    resolved = dataclasses.replace(
+        config,
+        batch_size=rows,
+        layers=shape.num_hidden_layers,
+        hidden_size=shape.hidden_size,
+        heads=shape.num_attention_heads,
+        kv_heads=shape.num_key_value_heads,
+        ffn_size=shape.intermediate_size,
+        context=shape.max_position_embeddings,
+        vocab_size=vocabulary,
+        learning_rate=rate,
+        embedding_learning_rate=config.embedding_learning_rate or (0.008 if muon else rate),
+        warmup_steps=max(10, min(500, (steps or 1000) // 50)) if config.warmup_steps is None else config.warmup_steps,
+        eval_every=every,
+        eval_tokens=config.eval_tokens or 65_536,
+        save_every=config.save_every or every,
+        precision=precision,
+        compile="on" if compiles else "off",
+    )
+    return _Settled(resolved, shape, machine, plan)
+
+
+def _steps(config: PretrainConfig, parameters: int, tokens: int, per_step: int) -> int | None:
+    """Steps of the run: the least of what is asked for; None where only seconds bound it."""
+    bounds = []
+    if config.max_steps is not None:
+        bounds.append(config.max_steps)
+    if config.max_tokens is not None:
+        bounds.append(math.ceil(config.max_tokens / per_step))
+    if config.epochs is not None:
+        bounds.append(math.ceil(config.epochs * tokens / per_step))
+    if not bounds and config.max_seconds is None:
+        bounds.append(math.ceil(min(_TOKENS_PER_PARAMETER * parameters, _EPOCHS * tokens) / per_step))
+    return max(1, min(bounds)) if bounds else None
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def _is_corpus(inputs: Sequence[str]) -> bool:
+    return len(inputs) == 1 and (Path(inputs[0]) / "corpus.json").is_file()
+
+
+def _corpus(
+    inputs: Sequence[str], place: Path, config: PretrainConfig, text: TextConfig
+) -> Iterator[Progress | Corpus]:
+    """The corpus that is given, or one made of the text inside the run, with a tokenizer where none is given."""
+    if _is_corpus(inputs):
+        corpus = open_corpus(inputs[0])
+        if config.tokenizer is not None:
+            wanted = load_tokenizer(config.tokenizer).hash
+            if wanted != corpus.tokenizer_hash:
+                raise DataError(
+                    f"was made with another tokenizer ({corpus.tokenizer_hash[:12]}) than "
+                    f"{config.tokenizer} ({wanted[:12]})",
+                    where=inputs[0],
+                )
+        yield corpus
+        return
+    made = place / "corpus"
+    if not (made / "corpus.json").is_file() or manifest_problems(made):
+        tokenizer = config.tokenizer
+        if tokenizer is None:
+            tokenizer = str(place / "tokenizer")
+            vocabulary = config.vocab_size if config.kind == "char" else _vocabulary(config)
+            settings = TokenizerConfig(kind=config.kind, vocab_size=vocabulary)
+            for step in train_tokenizer(inputs, tokenizer, text, settings, overwrite=True):
+                if isinstance(step, Progress):
+                    yield step
+        corpus_settings = CorpusConfig(val_fraction=config.val_fraction, val_by=config.val_by)
+        for record in prepare(inputs, tokenizer, made, text, corpus_settings, overwrite=True):
+            if isinstance(record, Progress):
+                yield record
+    yield open_corpus(made)
+
+
+def _in_folder(
+    inputs: Sequence[str],
+    place: Path,
+    config: PretrainConfig,
+    text: TextConfig,
+    resume: str | None,
+    stopping: Callable[[], bool],
+) -> Iterator[Progress | Started | TrainingEvent]:
+    run_folder.write_settings(place, "\n".join(inputs), config, text)
+    corpus: Corpus | None = None
+    for record in _corpus(inputs, place, config, text):
+        if isinstance(record, Corpus):
+            corpus = record
+        else:
+            yield record
+    assert corpus is not None
+    settled = _settled(config, corpus.vocab_size, corpus.train_tokens)
+    config, machine = settled.config, settled.machine
+    prepare_machine(machine)
+    tokenizer = load_tokenizer(corpus.tokenizer_path)
+    lineage = {"corpus": corpus.hash, "tokenizer": tokenizer.hash, "parent": None, "seed": config.seed, **versions()}
+    folder = run_folder.RunFolder(place, tokenizer, lineage)
+
+    device = torch.device(machine.device)
+    model = Decoder(settled.shape).init_weights(torch.Generator().manual_seed(config.seed)).to(device)
+    model.compute_dtype = machine.dtype
+    optimizer = Optimizer(model, kind=config.optimizer, weight_decay=config.weight_decay, dtype=machine.dtype)
+    windows = TokenWindows(
+        corpus.train(),
+        context=settled.shape.max_position_embeddings,
+        batch_size=settled.config.batch_size // config.grad_accumulation,  # type: ignore[operator]
+        seed=config.seed,
+    )
+    run_folder.check_space(place, 2 * settled.plan.checkpoint_bytes)
+
+    state, checkpoint, notices = TrainingState(), None, list[str]()
+    if resume is not None:
+        checkpoint, damaged = run_folder.find_checkpoint(place, resume)
+        notices += [f"passed over: {line}" for line in damaged]
+        if checkpoint is not None:
+            state = run_folder.restore(checkpoint, model, optimizer)
+            run_folder.forget_beyond(place, state.step)
+    run_folder.write_settings(place, "\n".join(inputs), config, text)
+    resumed = state.step if checkpoint is not None else None
+    yield Started(str(place), settled.plan, machine, settled.shape, config, resumed, tuple(notices))
+
+    loop = _loop(model, optimizer, config, settled, state, windows, corpus, tokenizer, stopping)
+    facts = dataclasses.asdict(machine)
+    with Journal(place / METRICS, keep=lambda record: record.get("step", 0) <= state.step) as metrics:
+        try:
+            for event in loop.run():
+                metrics.write(dataclasses.asdict(event))
+                if event.event == "validation" and event.best:
+                    folder.save_result(model, state)
+                elif event.event == "checkpoint":
+                    metrics.sync()
+                    folder.save(model, optimizer, state, facts)
+                    keep_newest(place, config.save_total_limit)
+                elif event.event == "end" and (not corpus.val_tokens or not is_model(place / RESULT)):
+                    folder.save_result(model, state)  # nothing to choose by: the last is the result
+                yield event
+        except NotFiniteError as error:
+            raise _with_last_good(error, place) from error
+
+
+def _with_last_good(error: NotFiniteError, place: Path) -> LlmcliError:
+    last, _ = run_folder.find_checkpoint(place, "auto")
+    kept = f"the last good checkpoint is {last}" if last else "there was no checkpoint yet"
+    raised = LlmcliError(f"{error.message}; {kept}", where=str(place))
+    raised.kind = error.kind
+    return raised
+
+
+def _loop(
+    model: Decoder,
+    optimizer: Optimizer,
+    config: PretrainConfig,
+    settled: _Settled,
+    state: TrainingState,
+    windows: TokenWindows,
+    corpus: Corpus,
+    tokenizer: TextTokenizer,
+    stopping: Callable[[], bool],
+) -> Loop:
+    hidden: Callable[[Tensor], Tensor] = model.hidden
+    piece: Callable[..., Any] = piece_loss
+    if settled.machine.compile:
+        hidden = torch.compile(model.hidden, dynamic=False)
+        piece = torch.compile(piece_loss, dynamic=False)
+    device = torch.device(settled.machine.device)
+
+    def loss(inputs: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+        return head_loss(hidden(inputs), model.head, targets, scale, piece)
+
+    return Loop(
+        model=model,
+        optimizer=optimizer,
+        settings=LoopSettings(
+            budget=Budget(settled.plan.steps, config.max_seconds),
+            matrix_rate=config.learning_rate or 0.0,
+            rest_rate=config.embedding_learning_rate or 0.0,
+            warmup_steps=config.warmup_steps or 0,
+            decay_fraction=config.decay_fraction,
+            grad_accumulation=config.grad_accumulation,
+            max_grad_norm=config.max_grad_norm,
+            eval_every=config.eval_every or 1,
+            save_every=config.save_every or 1,
+            patience=config.patience,
+        ),
+        state=state,
+        batches=lambda number: prefetched(windows, number, device),
+        loss=loss,
+        count_targets=lambda targets: targets.numel(),
+        validate=_validation(model, corpus, tokenizer, config, stopping),
+        stopping=stopping,
+    )
+
+
+def _validation(
+    model: Decoder,
+    corpus: Corpus,
+    tokenizer: TextTokenizer,
+    config: PretrainConfig,
+    stopping: Callable[[], bool],
+) -> Callable[[], tuple[float, float] | None]:
+    """Loss in nats per token and in bits per byte of the held-out text; None without any, or when asked to stop."""
+    sizes = np.array([len(tokenizer.token_bytes(index)) for index in range(corpus.vocab_size)], np.int64)
+    sizes[[index for index in (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) if index is not None]] = 0
+    shards = [shard for shard in corpus.val() if len(shard) > 1]
+    context, device = model.config.max_position_embeddings, model.embedding.device
+
+    def validate() -> tuple[float, float] | None:
+        nats, tokens, size = 0.0, 0, 0
+        batch = max(1, 16_384 // context)
+        windows = validation_windows(shards, context=context, batch_size=batch, tokens=config.eval_tokens or 65_536)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for inputs, targets in windows if shards else ():
+                if stopping():
+                    return None
+                nats += summed_loss(model.hidden(inputs.to(device)), model.head, targets.to(device))
+                tokens += targets.numel()
+                size += int(sizes[targets.numpy()].sum())
+        return (nats / tokens, nats / math.log(2) / max(size, 1)) if tokens else None
+
+    return validate
