@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -508,6 +508,62 @@ def test_a_malformed_tokenizer_is_refused(
     (tmp_path / "tokenizer.json").write_text(json.dumps(changed(change)), "utf-8")
     with pytest.raises(DataError, match=message):
         load_tokenizer(tmp_path)
+    assert capfd.readouterr().err == ""
+
+
+JUNK: list[Any] = [
+    None,
+    -1,
+    1.5,
+    "",
+    "x",
+    "(",
+    "(a+)+$",
+    [],
+    [["a", 1]],
+    {"type": "x"},
+    True,
+    2**40,
+    "\ud800",
+    {"Regex": "("},
+]
+
+
+def _places(value: Any, place: tuple[Any, ...], generator: random.Random) -> Iterator[tuple[Any, ...]]:
+    """Where in a JSON value something may be changed; of a long list or object, some places."""
+    keys: list[Any] = list(value) if isinstance(value, dict) else list(range(len(value)))
+    for key in keys if len(keys) < 30 else generator.sample(keys, 5):
+        yield (*place, key)
+        if isinstance(value[key], dict | list):
+            yield from _places(value[key], (*place, key), generator)
+
+
+def test_a_changed_file_opens_or_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    generator = random.Random(0)
+    opened_ones, refusals = 0, []
+    for _ in range(150):
+        files = trained(generator.choice(KINDS)).files
+        both = copy.deepcopy({"content": dict(files.content), "config": dict(files.config)})
+        place = generator.choice([place for place in _places(both, (), generator) if len(place) > 1])
+        inner: Any = both
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = copy.deepcopy(generator.choice(JUNK))
+        (tmp_path / "tokenizer.json").write_text(json.dumps(both["content"]))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(both["config"]))
+        try:
+            tokenizer = load_tokenizer(tmp_path)
+            ids = tokenizer.encode("the fox 中 12345 aaaaaaaaaaab")
+            assert tokenizer.fast_encoder().encode("the fox 中 12345 aaaaaaaaaaab").tolist() == ids, place
+            stream = tokenizer.stream()
+            assert "".join(map(stream.push, ids)) + stream.flush() == tokenizer.decode(ids), place
+            tokenizer.save(tmp_path / "copy")
+            assert load_tokenizer(tmp_path / "copy").hash == tokenizer.hash
+            opened_ones += 1
+        except DataError as error:
+            refusals.append(str(error))
+    assert opened_ones > 20
+    assert not any("\n" in refusal for refusal in refusals)
     assert capfd.readouterr().err == ""
 
 
