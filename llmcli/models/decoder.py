@@ -247,7 +247,7 @@ class Decoder(nn.Module):
         """Draws fresh weights.
 
         | part                                 | values                                   |
-        | embedding                            | normal, 0.02 (tied) or 1.0 / sqrt(C)     |
+        | embedding                            | normal, std 0.02 tied, 0.5 untied        |
         | matrices that read the hidden state  | uniform, +-sqrt(3 / inputs): std 1/sqrt(inputs) |
         | o_proj, down_proj, c_proj            | zero: each block begins as the identity  |
         | norms 1, biases 0, untied head       | zero                                     |
@@ -258,7 +258,8 @@ class Decoder(nn.Module):
             elif parameter.ndim == 1:
                 parameter.fill_(1.0)
             elif parameter is self.embedding or name.endswith("wpe.weight"):
-                parameter.normal_(0.0, 0.02, generator=generator)
+                wide = parameter is self.embedding and not self.config.tie_word_embeddings
+                parameter.normal_(0.0, 0.5 if wide else 0.02, generator=generator)
             elif name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight", "lm_head.weight")):
                 parameter.zero_()
             else:
