@@ -21,19 +21,20 @@ from llmcli.data.bpe import learn_merges
 from llmcli.data.cores import available_cores
 from llmcli.data.pretokenizer import DEFAULT_PATTERN, GPT2_PATTERN, PATTERNS, Pattern
 from llmcli.data.tokenizer_training import Trained, train
-from llmcli.data.word_counts import LONGEST_WORD, Cutter, WordCounter, count_batch, cut_batches
+from llmcli.data.word_counts import LONGEST_CLAUSE, LONGEST_WORD, Cutter, WordCounter, count_batch, cut_batches
 
 REFERENCE = ROOT.parent / "shared" / "data" / "tokenizers" / "bpe_training_reference"
 # Every kind of character that a pattern tells apart, in every neighbourhood.
 ALPHABET = (
-    "aB zé\u0301  \n\r\t'\u2019sdt12\u0663.,!-=\x00\x01\x1c\x85\u00a0\u3000\u2028\u200d中文〇々ーアひ"
+    "aBC zé\u0301  \n\r\t'\u2019sSdtreLl\u017f/12\u0663.,!-=\x00\x01\x1c\x85\u00a0\u3000\u2028\u200d中文〇々ーアひ"
     "กำไ๑ខ្မនမြ한हिعَ❤️👨\U00020000\U0001d7d8\U000e0100"
 )
 texts = st.text(st.one_of(st.sampled_from(ALPHABET), st.characters(codec="utf-8")), max_size=60)
 
 
-def forms(pattern: Pattern = DEFAULT_PATTERN) -> tuple[str, str, str]:
-    return pattern.for_python()
+def forms(pattern: Pattern = DEFAULT_PATTERN) -> tuple[str, str, str, str]:
+    made: tuple[str, str, str, str] = pattern.for_python()
+    return made
 
 
 def counted(given: Iterable[str], pattern: Pattern = DEFAULT_PATTERN, **limits: int) -> WordCounter:
@@ -110,8 +111,9 @@ def test_a_merge_that_would_make_a_special_token_is_passed_over() -> None:
 def test_counting_cuts_as_encoding_does(given_texts: list[str], name: str) -> None:
     pattern = PATTERNS[name]
     library = pre_tokenizers.Split(Regex(pattern.regex), "isolated")
-    expected = Counter(word for text in given_texts for word, _ in library.pre_tokenize_str(text))
-    assert count_batch(given_texts, Cutter(forms(pattern))) == expected
+    words = [word for text in given_texts for word, _ in library.pre_tokenize_str(text)]
+    cutter = Cutter(forms(pattern))
+    assert count_batch(given_texts, cutter) == Counter(part for word in words for part in cutter.parts(word))
 
 
 @given(st.lists(st.text(st.sampled_from("a  .\n\t\u3000é中"), max_size=50), max_size=4))
@@ -126,7 +128,8 @@ def test_pieces_of_spaceless_scripts_and_numbers_are_short() -> None:
     words = counted(
         ["我们的国家" * 50 + "กำลังไปโรงเรียน" * 30 + "ひらがなカタカナ" * 30 + " 1234567 x" + "٠١٢٣٤٥"]
     ).words
-    assert max(map(len, words)) <= 16
+    assert max(map(len, words)) == LONGEST_CLAUSE == 16
+    assert Cutter(forms()).parts("Donaudampfschifffahrtsgesellschaft") == ["Donaudampfschifffahrtsgesellschaft"]
     assert {"123", "456", "7", "٠١٢", "٣٤٥"} <= set(words)
 
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 Ids = NDArray[np.uint32]
 
 _RUN = 50_000  # characters; tiktoken's engine overflows its stack on a million spaces, but not on twice this
-_CLASS = re.compile(r"\[\[.*?\]&&\[.*?\]\]|\\p\{\w+\}|\\s")
+_CLASS = re.compile(r"\[\\p[^]]*\]|\\p\{\w+\}|\\s")
 
 
 class FastEncoder:

@@ -18,7 +18,7 @@ from typing import Any
 from llmcli.config import TokenizerConfig, check
 from llmcli.data import bpe, wordpiece
 from llmcli.data.cores import available_cores
-from llmcli.data.pretokenizer import DEFAULT_PATTERN, Pattern
+from llmcli.data.pretokenizer import DEFAULT_PATTERN, UNCASED_PATTERN, Pattern
 from llmcli.data.token_bytes import BYTE_OF, byte_alphabet, from_alphabet
 from llmcli.data.tokenizer import TextTokenizer
 from llmcli.data.tokenizer_files import END_OF_TEXT, TokenizerFiles, added_token
@@ -61,7 +61,7 @@ def train(
     config: TokenizerConfig,
     *,
     workers: int | None = None,
-    pattern: Pattern = DEFAULT_PATTERN,
+    pattern: Pattern | None = None,
 ) -> Iterator[TrainingStep | Trained]:
     """Trains a tokenizer on texts, which are read once. The last record is the `Trained`.
 
@@ -72,6 +72,8 @@ def train(
     if config.kind == "char":
         yield from _train_characters(texts, config, special)
         return
+    if pattern is None:
+        pattern = UNCASED_PATTERN if config.kind == "wordpiece" else DEFAULT_PATTERN
     counter = WordCounter(pattern.for_python(), max_bytes=_UNIGRAM_BYTES if config.kind == "unigram" else MAX_BYTES)
     for characters in counter.add(texts, available_cores() if workers is None else workers):
         yield TrainingStep("count", characters)
@@ -162,7 +164,7 @@ def _learn_wordpiece(counter: WordCounter, config: TokenizerConfig, special: lis
             "strip_accents": False,
             "lowercase": False,
         },
-        # Numbers in groups of three, as in the default pattern, whose other cuts BERT's rules make anyway.
+        # Numbers in groups of three, as in the pattern that counted, whose other cuts BERT's rules make anyway.
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [

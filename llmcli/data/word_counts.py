@@ -21,7 +21,7 @@ import subprocess
 import sys
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -33,27 +33,38 @@ STEP = 100_000  # characters split at once: their pieces take 15 times their siz
 MAX_WORDS = 1_500_000  # distinct words held; about 250 MB
 MAX_BYTES = 20_000_000  # of distinct words, in UTF-8; Chinese pieces are long and nearly all distinct
 LONGEST_WORD = 128  # characters; a longer one (a ruler, base64) is counted in parts of this length
+LONGEST_CLAUSE = 16  # characters; the same for scripts written without spaces (see `pretokenizer`)
 
 _BEGIN, _KEPT = "\x01", "\0"  # marks of a text's begin, and of a space that begins no word; texts with them go slowly
-_CUT = re.compile(r"(?= \S)|(?<=\n)(?=\S)")
+_CUT = re.compile(r"(?= \S)|(?<=\n)(?=[^\s/])")
 
 
 class Cutter:
-    """Cuts texts with a pattern in three forms (see `pretokenizer.Pattern.for_python`), each compiled when needed."""
+    """Cuts texts with a pattern in the forms that `pretokenizer.PatternForms` has, each compiled when needed."""
 
-    def __init__(self, forms: tuple[str, str, str]) -> None:
+    def __init__(self, forms: Sequence[str]) -> None:
         self.forms = forms
         self.whites = {"\n"}  # white space that was seen after a space
-        self._compiled: dict[int, Callable[[str], list[str]]] = {}
+        self._compiled: dict[int, re.Pattern[str]] = {}
+
+    def _form(self, number: int) -> re.Pattern[str]:
+        if number not in self._compiled:
+            self._compiled[number] = re.compile(self.forms[number])
+        return self._compiled[number]
 
     def for_text(self, text: str) -> Callable[[str], list[str]]:
         """The `findall` that is right for this text, and for every part of it, and fastest."""
-        form = 0
+        number = 0
         if not text.isascii():  # a character above U+FFFF takes two units
-            form = 1 if len(text.encode("utf-16-le", "surrogatepass")) == 2 * len(text) else 2
-        if form not in self._compiled:
-            self._compiled[form] = re.compile(self.forms[form]).findall
-        return self._compiled[form]
+            number = 1 if len(text.encode("utf-16-le", "surrogatepass")) == 2 * len(text) else 2
+        return self._form(number).findall
+
+    def parts(self, word: str) -> list[str]:
+        """The parts in which a word is counted: itself, if it is not too long."""
+        longest = LONGEST_WORD
+        if len(word) > LONGEST_CLAUSE and not word.isascii() and self._form(3).search(word):
+            longest = LONGEST_CLAUSE
+        return [word[begin : begin + longest] for begin in range(0, len(word), longest)]
 
 
 def count_batch(texts: list[str], cutter: Cutter) -> dict[str, int]:
@@ -79,7 +90,7 @@ def _count_joined(joined: str, sizes: list[int], cutter: Cutter) -> dict[str, in
         in_ascii = cutter.for_text("")
         for piece, count in _count_pieces(joined, cutter).items():
             if piece.isascii():
-                if piece.isalpha():  # one word in every pattern
+                if piece.isalpha() and piece[1:].islower():  # one word in every pattern
                     words[" " + piece] = words.get(" " + piece, 0) + count
                     continue
                 part = piece[1:] if piece[:1] == _BEGIN else " " + piece
@@ -89,11 +100,12 @@ def _count_joined(joined: str, sizes: list[int], cutter: Cutter) -> dict[str, in
                 found = cutter.for_text(part)(part)
             for word in found:
                 words[word] = words.get(word, 0) + count
-    for word in [word for word in words if len(word) > LONGEST_WORD]:
-        count = words.pop(word)
-        for begin in range(0, len(word), LONGEST_WORD):
-            part = word[begin : begin + LONGEST_WORD]
-            words[part] = words.get(part, 0) + count
+    for word in [word for word in words if len(word) > LONGEST_CLAUSE]:
+        parts = cutter.parts(word)
+        if len(parts) > 1:
+            count = words.pop(word)
+            for part in parts:
+                words[part] = words.get(part, 0) + count
     return words
 
 
@@ -164,7 +176,7 @@ def whole_characters(text: str) -> str:
 class WordCounter:
     """Adds up words: `words` (word to count), `characters` read, `thinned` (how often rare words were thinned)."""
 
-    def __init__(self, forms: tuple[str, str, str], max_words: int = MAX_WORDS, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, forms: Sequence[str], max_words: int = MAX_WORDS, max_bytes: int = MAX_BYTES) -> None:
         self.words: dict[str, int] = {}
         self.characters = 0
         self.thinned = 0
@@ -226,7 +238,7 @@ def _bytes_of(words: Iterable[str]) -> int:
 
 
 def _count_all(
-    batches: Iterator[list[str]], forms: tuple[str, str, str], workers: int
+    batches: Iterator[list[str]], forms: Sequence[str], workers: int
 ) -> Iterator[tuple[int, dict[str, int]]]:
     """(characters, words) of each batch, in order. The first batch is counted here: a small text starts no process."""
     cutter = Cutter(forms)
@@ -275,7 +287,7 @@ def _chain(first: list[str], second: list[str], rest: Iterator[list[str]]) -> It
 class _Helper:
     """A process that counts batches."""
 
-    def __init__(self, forms: tuple[str, str, str]) -> None:
+    def __init__(self, forms: Sequence[str]) -> None:
         root = str(Path(__file__).resolve().parents[2])
         code = f"import sys; sys.path.insert(0, {root!r}); from llmcli.data.word_counts import serve; serve()"
         # A session of its own: Ctrl-C reaches the reading process, which then closes the pipes.
