@@ -6,9 +6,11 @@ import itertools
 import json
 import random
 import re
+import subprocess
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -17,11 +19,13 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
 from llmcli.config import TokenizerConfig
+from llmcli.data import word_counts
 from llmcli.data.bpe import learn_merges
 from llmcli.data.cores import available_cores
 from llmcli.data.pretokenizer import DEFAULT_PATTERN, GPT2_PATTERN, PATTERNS, Pattern
 from llmcli.data.tokenizer_training import Trained, train
 from llmcli.data.word_counts import LONGEST_CLAUSE, LONGEST_WORD, Cutter, WordCounter, count_batch, cut_batches
+from llmcli.errors import LlmcliError
 
 REFERENCE = ROOT.parent / "shared" / "data" / "tokenizers" / "bpe_training_reference"
 # Every kind of character that a pattern tells apart, in every neighbourhood.
@@ -162,6 +166,28 @@ def test_processes_count_what_one_counts() -> None:
     assert list(alone.add(given_texts, 1, batch_size=5000)) == list(together.add(given_texts, 2, batch_size=5000))
     assert alone.words == together.words
     assert list(alone.words) == list(together.words)
+
+
+@pytest.mark.parametrize("ending", ["closed", "killed"])
+def test_no_process_outlives_the_counting(ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
+
+    def start(*words: Any, **details: Any) -> subprocess.Popen[bytes]:
+        started.append(real(*words, **details))
+        return started[-1]
+
+    monkeypatch.setattr(word_counts.subprocess, "Popen", start)
+    counting = WordCounter(forms()).add(("some words and more " * 5000 for _ in range(40)), 2, batch_size=100_000)
+    next(counting)
+    assert len(started) == 2
+    if ending == "closed":
+        counting.close()  # type: ignore[attr-defined]
+    else:
+        started[0].kill()
+        with pytest.raises(LlmcliError, match="was killed"):
+            list(counting)
+    assert all(process.returncode is not None for process in started)
 
 
 def test_memory_is_bounded_and_the_sample_is_fair() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmcli.cli.data import progress
+from llmcli.cli.display import progress
 from llmcli.cli.info import table
 from llmcli.cli.options import GroupedCommand, is_json, overwrite_option, prompt_text, settings, shared_options
 from llmcli.cli.streams import notice, read_stdin, stdin_is_piped, write_json, write_out

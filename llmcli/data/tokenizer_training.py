@@ -39,7 +39,7 @@ _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": T
 
 @dataclass(frozen=True, slots=True)
 class TrainingStep:
-    """How far a stage has come: `count` in characters, `merge` and `prune` in tokens."""
+    """How far a stage has come: `count` in characters, `merge` in merges, `prune` in pieces dropped."""
 
     stage: str
     done: int
@@ -147,8 +147,10 @@ def _learn_bpe(counter: WordCounter, config: TokenizerConfig, special: list[str]
 def _learn_unigram(counter: WordCounter, config: TokenizerConfig, special: list[str], pattern: Pattern) -> Learned:
     alphabet = byte_alphabet()
     learner = UnigramLearner(counter.words, _size(config, special, len(alphabet)))
+    first: int | None = None
     for step in learner.run():
-        yield TrainingStep("prune", step.pieces, step.wanted)
+        first = step.pieces if first is None else first
+        yield TrainingStep("prune", first - step.pieces, max(0, first - step.wanted))
     pieces = [["".join(alphabet[value] for value in piece), score] for piece, score in learner.pieces]
     pieces = [piece for piece in pieces if piece[0] not in special]
     model = {"type": "Unigram", "unk_id": None, "vocab": pieces, "byte_fallback": False}

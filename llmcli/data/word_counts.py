@@ -14,6 +14,7 @@ Workers import this module: the standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import struct
@@ -265,14 +266,18 @@ def _count_all(
 
     try:
         with ThreadPoolExecutor(workers) as threads:
-            for batch in _chain(first, second, batches):
-                pending.append((sum(map(len, batch)), threads.submit(count, batch)))
-                while len(pending) > 2 * workers:
+            try:
+                for batch in _chain(first, second, batches):
+                    pending.append((sum(map(len, batch)), threads.submit(count, batch)))
+                    while len(pending) > 2 * workers:
+                        size, future = pending.popleft()
+                        yield size, future.result()
+                while pending:
                     size, future = pending.popleft()
                     yield size, future.result()
-            while pending:
-                size, future = pending.popleft()
-                yield size, future.result()
+            finally:  # before the threads are waited for: an interrupted training ends at once
+                for helper in helpers:
+                    helper.kill()
     finally:
         for helper in helpers:
             helper.close()
@@ -309,10 +314,16 @@ class _Helper:
         except (OSError, EOFError) as error:
             raise LlmcliError("a process that counts words was killed, perhaps for want of memory") from error
 
-    def close(self) -> None:
+    def kill(self) -> None:
         """Ends the process, whatever it is doing."""
         self._process.kill()
-        self._process.communicate()
+
+    def close(self) -> None:
+        """Closes the pipes and takes leave of the process."""
+        with contextlib.suppress(OSError):  # what was not sent yet
+            self._stdin.close()
+        cast(BinaryIO, self._process.stdout).close()
+        self._process.wait()
 
 
 def _write(stream: BinaryIO, value: Any) -> None:
