@@ -89,7 +89,7 @@ def test_the_published_merges_come_out() -> None:
     st.dictionaries(st.text(st.sampled_from("abcé"), min_size=1, max_size=12), st.integers(1, 30), max_size=12),
     st.integers(1, 3),
 )
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_merges_are_those_of_the_plain_algorithm(words: dict[str, int], least: int) -> None:
     found = [(merge.left, merge.right) for merge in learn_merges(words, 40, min_frequency=least)]
     assert found == plain_merges(words, 40, least)
@@ -111,7 +111,7 @@ def test_a_merge_that_would_make_a_special_token_is_passed_over() -> None:
 
 
 @given(st.lists(texts, max_size=6), st.sampled_from(sorted(PATTERNS)))
-@settings(max_examples=300)
+@settings(max_examples=120)
 def test_counting_cuts_as_encoding_does(given_texts: list[str], name: str) -> None:
     pattern = PATTERNS[name]
     library = pre_tokenizers.Split(Regex(pattern.regex), "isolated")
@@ -121,7 +121,7 @@ def test_counting_cuts_as_encoding_does(given_texts: list[str], name: str) -> No
 
 
 @given(st.lists(st.text(st.sampled_from("a  .\n\t\u3000é中"), max_size=50), max_size=4))
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_white_space_is_counted_as_it_is_cut(given_texts: list[str]) -> None:
     whole = re.compile(forms()[2]).findall
     padded = [f"{'word and word ' * 20}{text}{' more words' * 20}" for text in given_texts]  # few enough marks

@@ -216,7 +216,7 @@ def test_transformers_opens_the_folders(tmp_path: Path) -> None:
 
 
 @given(texts)
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_byte_level_kinds_give_every_text_back(text: str) -> None:
     for kind in ("bpe", "unigram"):
         tokenizer = trained(kind)
@@ -226,7 +226,7 @@ def test_byte_level_kinds_give_every_text_back(text: str) -> None:
 
 
 @given(st.lists(st.integers(0, 599), max_size=30))
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_the_stream_gives_whole_characters_and_the_same_text(ids: list[int]) -> None:
     for kind in ("bpe", "unigram"):
         tokenizer = trained(kind)
@@ -323,7 +323,7 @@ def test_our_tokenizers_are_proven_or_tables() -> None:
 
 
 @given(texts)
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_fast_engines_give_the_same_ids(text: str) -> None:
     for kind in ("bpe", "char"):
         fast = _fast(kind)
