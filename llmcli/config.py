@@ -341,3 +341,49 @@ class PretrainConfig:
         group="Machine",
         choices=("auto", "on", "off"),
     )
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Completion
+
+
+@dataclasses.dataclass(frozen=True)
+class CompleteConfig:
+    """How a prefix is completed."""
+
+    count: int = setting(5, "How many completions.", group="Completion", aliases=("-n",), minimum=1, maximum=1000)
+    until: str = setting("word", "Where a completion ends.", group="Completion", choices=("word", "line"))
+    max_new_tokens: int = setting(
+        24, "Tokens after which a completion is cut.", group="Completion", aliases=("--max-tokens",), minimum=1
+    )
+    truncate: bool = setting(False, "Keep the end of a prefix that is longer than the context.", group="Completion")
+    device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
+    threads: int | None = setting(
+        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """How a model is measured on text."""
+
+    task: str = setting("lm", "What is measured; lm: how well the text is predicted.", choices=("lm",))
+    stride: int | None = setting(
+        None,
+        "Tokens that a window scores; it sees context - stride before them (default: half the context).",
+        group="Measurement",
+        minimum=1,
+    )
+    limit: int | None = setting(None, "At most so many tokens of each file.", group="Measurement", minimum=1)
+    batch_size: int | None = setting(
+        None, "Windows at once (default: as many as make 8,192 tokens).", group="Measurement", minimum=1
+    )
+    seed: int = setting(0, "Of the intervals, which are bootstrapped.", group="Measurement", minimum=0)
+    device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
+    threads: int | None = setting(
+        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1
+    )

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,6 +146,12 @@ class TextTokenizer:
     def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """The ids of many texts, on all cores."""
         return [found.ids for found in self._encode(texts, special)]
+
+    def encode_words(self, text: str) -> list[list[int]]:
+        """The ids of a text, those of a piece together: what the pre-tokenizer cuts, across which no token reaches."""
+        found = self._encode([text], False, offsets=True)[0]
+        words = [-1 if word is None else word for word in found.word_ids]
+        return [[found.ids[place] for place in group] for _, group in groupby(range(len(words)), words.__getitem__)]
 
     def encode_in_detail(self, text: str, special: bool = False) -> Encoding:
         """The ids with their places in the text."""
