@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
 
 
 class Session(Protocol):
@@ -28,7 +29,7 @@ class Session(Protocol):
         ...
 
     def start(self, prompts: Sequence[Sequence[int]]) -> Logits:
-        """Begins anew with a row for each prompt (at least one token each); logits after their last tokens: (rows, V)."""
+        """Begins anew, a row for each prompt (one token at least); logits after their last tokens: (rows, V)."""
         ...
 
     def feed(self, ids: Ids, keep: int = 1) -> Logits:
@@ -44,6 +45,13 @@ class Session(Protocol):
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps the rows named, in that order; a row named twice is copied."""
+        ...
+
+    def score(self, ids: Ids, wanted: Mask) -> Logits:
+        """Log-probabilities of ids[:, 1:], each given the row before it, where `wanted`, 0 elsewhere: (rows, n - 1).
+
+        ids: (rows, n), wanted: (rows, n - 1), n at most context + 1. What the session holds stays as it is.
+        """
         ...
 
     def close(self) -> None:

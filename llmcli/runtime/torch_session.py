@@ -14,7 +14,9 @@ from llmcli.errors import UsageError
 from llmcli.models.cache import KeyValueCache
 from llmcli.models.decoder import Decoder
 from llmcli.models.folder import load_model
-from llmcli.runtime.session import Ids, Logits
+from llmcli.runtime.session import Ids, Logits, Mask
+
+_SCORED = 1 << 23  # logits that scoring holds at once
 
 
 class TorchSession:
@@ -64,6 +66,24 @@ class TorchSession:
         """Keeps the rows named, in that order; a row named twice is copied."""
         if self._cache is not None:
             self._cache.select(rows)
+
+    @torch.inference_mode()
+    def score(self, ids: Ids, wanted: Mask) -> Logits:
+        """Log-probabilities of ids[:, 1:] where `wanted`, 0 elsewhere: (rows, n - 1)."""
+        if ids.shape[1] > self.context + 1:
+            raise UsageError(f"{ids.shape[1] - 1} tokens do not fit the model's context of {self.context}")
+        mask = torch.from_numpy(wanted)
+        targets = self._tensor(ids[:, 1:])[mask]
+        states = self.model.hidden(self._tensor(ids[:, :-1]))[mask]  # (wanted, C)
+        head = self.model.head.to(states.dtype)
+        found = np.zeros(wanted.shape, np.float32)
+        pieces = []
+        size = max(1, _SCORED // self.vocab_size)
+        for first in range(0, len(targets), size):
+            logits = F.linear(states[first : first + size], head).float()
+            pieces.append(-F.cross_entropy(logits, targets[first : first + size], reduction="none"))
+        found[wanted] = torch.cat(pieces).cpu().numpy() if pieces else 0
+        return found
 
     def close(self) -> None:
         """Lets the cache go."""
