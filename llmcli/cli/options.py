@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 import click
 
-from llmcli import config as configs
+from llmcli import settings as configs
 from llmcli.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])

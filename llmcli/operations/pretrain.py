@@ -22,7 +22,7 @@ from llmcli.config import CorpusConfig, PretrainConfig, TextConfig, TokenizerCon
 from llmcli.data.corpus import Corpus, open_corpus
 from llmcli.data.formats import find_inputs
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
-from llmcli.errors import ConfigError, DataError, LlmcliError, UsageError
+from llmcli.errors import DataError, LlmcliError, UsageError
 from llmcli.files.artefacts import CHECKPOINTS, METRICS, RESULT, RUN_CONFIG, is_model
 from llmcli.files.atomic import locked, refuse_existing
 from llmcli.files.checkpoints import keep_newest
@@ -30,9 +30,9 @@ from llmcli.files.journal import Journal
 from llmcli.files.manifest import manifest_problems, versions
 from llmcli.models.config import DecoderConfig
 from llmcli.models.decoder import Decoder
-from llmcli.models.presets import DEFAULT, PRESETS
 from llmcli.operations import run_folder
 from llmcli.operations.prepare import prepare
+from llmcli.operations.pretrain_settings import Settled, settle, vocabulary_of
 from llmcli.operations.records import Progress
 from llmcli.operations.tokenizer import train_tokenizer
 from llmcli.training.batches import TokenWindows, prefetched, validation_windows
@@ -40,19 +40,12 @@ from llmcli.training.loop import Loop, LoopSettings, NotFiniteError, TrainingEve
 from llmcli.training.losses import head_loss, piece_loss, summed_loss
 from llmcli.training.machine import (
     Machine,
-    choose_device,
-    choose_precision,
-    choose_threads,
-    compiler_found,
     prepare_machine,
 )
-from llmcli.training.optimizer import Optimizer, is_matrix
-from llmcli.training.plan import Plan, compile_pays, make_plan
+from llmcli.training.optimizer import Optimizer
+from llmcli.training.plan import Plan
 from llmcli.training.schedule import Budget
 
-_TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al., arXiv:2203.15556) ...
-_EPOCHS = 10.0  # ... where there is text enough; repeating it more often gives little
-_VALIDATIONS = 20
 _BYTES_PER_TOKEN = 3.5  # a guess, for a plan of text that has no tokenizer yet
 
 
@@ -127,124 +120,11 @@ def plan_pretraining(
         tokens, vocabulary = corpus.train_tokens, corpus.vocab_size
     else:
         size = sum(source.size or 0 for source in find_inputs(inputs))
-        tokens, vocabulary = int(size * (1 - config.val_fraction) / _BYTES_PER_TOKEN), _vocabulary(config)
+        tokens, vocabulary = int(size * (1 - config.val_fraction) / _BYTES_PER_TOKEN), vocabulary_of(config)
         if config.tokenizer is not None:
             vocabulary = load_tokenizer(config.tokenizer).vocab_size
-    settled = _settled(config, vocabulary, tokens)
+    settled = settle(config, vocabulary, tokens)
     return Started("", settled.plan, settled.machine, settled.shape, settled.config, None)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Settings
-
-
-@dataclasses.dataclass(frozen=True)
-class _Settled:
-    config: PretrainConfig
-    shape: DecoderConfig
-    machine: Machine
-    plan: Plan
-
-
-def _vocabulary(config: PretrainConfig) -> int:
-    return config.vocab_size or PRESETS[config.preset or DEFAULT].vocab_size
-
-
-def _shape(config: PretrainConfig, vocabulary: int) -> DecoderConfig:
-    """The model's shape: the preset's, each part overruled by what is given."""
-    if config.preset is not None and config.preset not in PRESETS:
-        hint = configs.nearest(config.preset, PRESETS)
-        raise ConfigError(f"no preset {config.preset!r}; there are {', '.join(PRESETS)}{hint}", where="preset")
-    preset = PRESETS[config.preset or DEFAULT]
-    size = config.hidden_size or preset.hidden_size
-    heads = config.heads or (preset.heads if size == preset.hidden_size else max(1, size // 64))
-    default_kv = preset.kv_heads if config.heads is None and heads == preset.heads else heads
-    if size % heads:
-        raise ConfigError(f"{heads} heads do not divide a width of {size}", where="heads")
-    default_ffn = preset.ffn_size if size == preset.hidden_size else -(-size * 8 // 3 // 32) * 32
-    gpt2 = config.family == "gpt2"
-    return DecoderConfig(
-        model_type=config.family,
-        vocab_size=vocabulary,
-        hidden_size=size,
-        num_hidden_layers=config.layers or preset.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads if gpt2 else config.kv_heads or default_kv,
-        head_dim=size // heads,
-        intermediate_size=config.ffn_size or (4 * size if gpt2 else default_ffn),
-        max_position_embeddings=config.context or preset.context,
-        norm_eps=1e-5 if gpt2 else 1e-6,
-        tie_word_embeddings=config.tie_embeddings,
-        attention_bias=gpt2,
-        mlp_bias=gpt2,
-    )
-
-
-def _settled(config: PretrainConfig, vocabulary: int, tokens: int) -> _Settled:
-    """Every setting that was left open, decided from the others alone."""
-    shape = _shape(config, vocabulary)
-    with torch.device("meta"):
-        sizes = dict(Decoder(shape).named_parameters())
-    parameters = sum(p.numel() for p in sizes.values())
-    muon = config.optimizer == "muon"
-    matrices = sum(p.numel() for name, p in sizes.items() if muon and is_matrix(name, p))
-    rows = config.batch_size or PRESETS[config.preset or DEFAULT].batch_size
-    if rows % config.grad_accumulation:
-        raise ConfigError(f"{rows} rows cannot be worked off in {config.grad_accumulation} pieces", where="batch_size")
-    per_step = rows * shape.max_position_embeddings
-    steps = _steps(config, parameters, tokens, per_step)
-    device = choose_device(config.device)
-    precision = choose_precision(config.precision, device, shape.hidden_size)
-    plan = make_plan(
-        shape,
-        parameters=parameters,
-        matrix_parameters=matrices,
-        rows=rows,
-        grad_accumulation=config.grad_accumulation,
-        steps=steps,
-        seconds=config.max_seconds,
-        corpus_tokens=tokens,
-        device=device,
-        precision=precision,
-    )
-    compiles = config.compile == "on" or (config.compile == "auto" and compiler_found(device) and compile_pays(plan))
-    machine = Machine(device, precision, compiles, choose_threads(config.threads))
-    rate = config.learning_rate or (0.02 if muon else 0.002)
-    every = config.eval_every or max(1, min(1000, (steps or 2000) // _VALIDATIONS))
-    resolved = dataclasses.replace(
-        config,
-        batch_size=rows,
-        layers=shape.num_hidden_layers,
-        hidden_size=shape.hidden_size,
-        heads=shape.num_attention_heads,
-        kv_heads=shape.num_key_value_heads,
-        ffn_size=shape.intermediate_size,
-        context=shape.max_position_embeddings,
-        vocab_size=vocabulary,
-        learning_rate=rate,
-        embedding_learning_rate=config.embedding_learning_rate or (0.008 if muon else rate),
-        warmup_steps=max(10, min(500, (steps or 1000) // 50)) if config.warmup_steps is None else config.warmup_steps,
-        eval_every=every,
-        eval_tokens=config.eval_tokens or 65_536,
-        save_every=config.save_every or every,
-        precision=precision,
-        compile="on" if compiles else "off",
-    )
-    return _Settled(resolved, shape, machine, plan)
-
-
-def _steps(config: PretrainConfig, parameters: int, tokens: int, per_step: int) -> int | None:
-    """Steps of the run: the least of what is asked for; None where only seconds bound it."""
-    bounds = []
-    if config.max_steps is not None:
-        bounds.append(config.max_steps)
-    if config.max_tokens is not None:
-        bounds.append(math.ceil(config.max_tokens / per_step))
-    if config.epochs is not None:
-        bounds.append(math.ceil(config.epochs * tokens / per_step))
-    if not bounds and config.max_seconds is None:
-        bounds.append(math.ceil(min(_TOKENS_PER_PARAMETER * parameters, _EPOCHS * tokens) / per_step))
-    return max(1, min(bounds)) if bounds else None
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -276,7 +156,7 @@ def _corpus(
         tokenizer = config.tokenizer
         if tokenizer is None:
             tokenizer = str(place / "tokenizer")
-            vocabulary = config.vocab_size if config.kind == "char" else _vocabulary(config)
+            vocabulary = config.vocab_size if config.kind == "char" else vocabulary_of(config)
             settings = TokenizerConfig(kind=config.kind, vocab_size=vocabulary)
             for step in train_tokenizer(inputs, tokenizer, text, settings, overwrite=True):
                 if isinstance(step, Progress):
@@ -304,7 +184,7 @@ def _in_folder(
         else:
             yield record
     assert corpus is not None
-    settled = _settled(config, corpus.vocab_size, corpus.train_tokens)
+    settled = settle(config, corpus.vocab_size, corpus.train_tokens)
     config, machine = settled.config, settled.machine
     prepare_machine(machine)
     tokenizer = load_tokenizer(corpus.tokenizer_path)
@@ -365,7 +245,7 @@ def _loop(
     model: Decoder,
     optimizer: Optimizer,
     config: PretrainConfig,
-    settled: _Settled,
+    settled: Settled,
     state: TrainingState,
     windows: TokenWindows,
     corpus: Corpus,

@@ -1,0 +1,142 @@
+"""`llmcli generate`: text from a model, streamed, or a file of prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llmcli.cli.options import (
+    GroupedCommand,
+    SectionOption,
+    is_json,
+    overwrite_option,
+    prompt_text,
+    settings,
+    shared_options,
+)
+from llmcli.cli.streams import notice, read_stdin, stdin_is_piped, write_json, write_out
+from llmcli.config import GenerateConfig, SamplingConfig
+from llmcli.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from llmcli.operations.generate import Generated
+
+_ESCAPED = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})
+_FILES: dict[str, Any] = {"cls": SectionOption, "section": "Files"}
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("prompt", nargs=-1)
+@click.option("-m", "--model", required=True, metavar="PATH", help="Model or run to use.")
+@click.option("-p", "--prompt", "named", metavar="TEXT", help="The prompt, in place of the argument.")
+@click.option("-i", "--input", "source", metavar="FILE", help="JSON Lines with a prompt each; -: stdin.", **_FILES)
+@click.option("-o", "--output", metavar="FILE", help="JSON Lines to write; goes on where it stopped.", **_FILES)
+@click.option("--prompt-field", default="prompt", show_default=True, help="Field with the prompt.", **_FILES)
+@overwrite_option
+@settings(SamplingConfig, GenerateConfig)
+@shared_options
+def generate(
+    prompt: tuple[str, ...],
+    model: str,
+    named: str | None,
+    source: str | None,
+    output: str | None,
+    prompt_field: str,
+    overwrite: bool,
+    sampling_config: SamplingConfig,
+    generate_config: GenerateConfig,
+) -> None:
+    """Continue a prompt with a model.
+
+    Piped text comes before PROMPT. The text is streamed to stdout; several samples are set apart by a line "---". With
+    --logprobs it is a line a token: the token, its log-probability, and the most probable ones in its place. With
+    --input, each row of a file is continued into --output, and an interrupted call goes on when it is repeated.
+
+    \b
+    Example:
+      llmcli generate -m runs/first/model "The state" --max-new-tokens 50 --seed 1
+    """
+    if (source is None) != (output is None):
+        raise UsageError("--input and --output go together")
+    if source is not None and output is not None:
+        if prompt or named is not None:
+            raise UsageError("there is a prompt and an --input: give one of them")
+        _file(model, source, output, generate_config, sampling_config, prompt_field, overwrite)
+        return
+    if prompt and named is not None:
+        raise UsageError("there are two prompts: give one of PROMPT and --prompt")
+    words = prompt if named is None else (named,)
+    text = prompt_text(words, read_stdin=read_stdin, piped=stdin_is_piped())
+    if text is None:
+        raise UsageError('there is no prompt: give it as an argument ("" for an empty one), or pipe it in')
+    _one(model, text, generate_config, sampling_config)
+
+
+def _one(model: str, text: str, config: GenerateConfig, sampling: SamplingConfig) -> None:
+    from llmcli.operations.generate import Generated, Piece, new_seed
+    from llmcli.operations.generate import generate as run
+
+    if config.seed is None:
+        config = dataclasses.replace(config, seed=new_seed())
+        if sampling.temperature > 0:
+            notice(f"seed {config.seed}")
+    streamed = config.num_samples == 1 and config.logprobs is None and not is_json()
+    told = False
+    for record in run(model, text, config, sampling):
+        if isinstance(record, Piece) and streamed:
+            write_out(record.text)
+        elif isinstance(record, Generated):
+            if record.truncated_tokens and not told:
+                notice(f"The first {record.truncated_tokens:,} tokens of the prompt were left out.")
+                told = True
+            _show(record, streamed)
+            if record.finish_reason == "cut":
+                notice("The text ends here because the model's context is full.")
+
+
+def _show(record: Generated, streamed: bool) -> None:
+    if is_json():
+        write_json({name: value for name, value in dataclasses.asdict(record).items() if value is not None})
+        return
+    if record.sample:
+        write_out("---\n")
+    if record.logprobs is not None:
+        for token in record.logprobs:
+            others = (f"{text.translate(_ESCAPED)}\t{logprob:.4f}" for text, logprob in token.top)
+            write_out("\t".join((token.token.translate(_ESCAPED), f"{token.logprob:.4f}", *others)) + "\n")
+    else:
+        write_out("\n" if streamed else record.text + "\n")
+
+
+def _file(
+    model: str,
+    source: str,
+    output: str,
+    config: GenerateConfig,
+    sampling: SamplingConfig,
+    field: str,
+    overwrite: bool,
+) -> None:
+    from llmcli.cli.display import progress
+    from llmcli.operations.generate_file import FileReport, FileStarted, generate_file
+    from llmcli.operations.records import Progress
+
+    with progress("generate") as show:
+        for record in generate_file(model, source, output, config, sampling, field=field, overwrite=overwrite):
+            if isinstance(record, FileStarted):
+                if config.seed is None and sampling.temperature > 0:
+                    notice(f"seed {record.seed}")
+                if record.resumed:
+                    notice(f"{record.resumed:,} prompts stand in {output} already")
+            elif isinstance(record, Progress):
+                show(record)
+            elif isinstance(record, FileReport):
+                report = record
+    if is_json():
+        write_json(report)
+    else:
+        notice(f"{report.output}: {report.prompts:,} prompts, {report.failed:,} failed; {report.tokens:,} tokens")
+    if report.failed:
+        raise DataError(f"{report.failed:,} of {report.prompts:,} prompts failed; their records say why", where=output)

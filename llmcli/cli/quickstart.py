@@ -1,0 +1,105 @@
+"""`llmcli quickstart`: the whole way once, shown."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llmcli.cli.info import size
+from llmcli.cli.options import GroupedCommand, is_json, overwrite_option, shared_options
+from llmcli.cli.pretrain import Signals
+from llmcli.cli.streams import notice, write_json, write_out
+from llmcli.errors import StoppedError
+
+if TYPE_CHECKING:
+    from llmcli.operations.quickstart import StageDone
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("inputs", metavar="[TEXT]...", nargs=-1)
+@click.option("-o", "--output", default="quickstart", show_default=True, metavar="DIR", help="Folder for everything.")
+@click.option("--seconds", default=90.0, show_default=True, type=click.FloatRange(5.0), help="Time for training.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of weights, order and sample.")
+@overwrite_option
+@shared_options
+def quickstart(inputs: tuple[str, ...], output: str, seconds: float, seed: int, overwrite: bool) -> None:
+    """Text to tokenizer, corpus, model and generated text, in minutes.
+
+    Without TEXT the corpus is what Python itself brings: its help topics and the docstrings of its standard library.
+
+    \b
+    Example:
+      llmcli quickstart notes.txt -o first --seconds 30
+    """
+    from llmcli.cli.display import progress, training
+    from llmcli.operations import quickstart as operation
+    from llmcli.operations.pretrain import Started
+    from llmcli.operations.records import Progress
+    from llmcli.training.loop import TrainingEvent
+
+    stages: list[StageDone] = []
+    with Signals().caught() as signals, contextlib.ExitStack() as stack:
+        show: Any = stack.enter_context(progress("quickstart"))
+        for record in operation.quickstart(
+            inputs, output, seconds=seconds, seed=seed, overwrite=overwrite, stopping=signals
+        ):
+            if isinstance(record, Started):
+                stack.close()
+                show = stack.enter_context(training())
+            elif isinstance(record, TrainingEvent | Progress):
+                show(record)
+                if record.__class__ is TrainingEvent and record.event == "end":
+                    stack.close()
+            else:
+                stages.append(record)
+                if is_json():
+                    write_json(record)
+                else:
+                    notice(f"{record.stage:<11} {record.made}  {_seconds(record)}")
+            if signals() and isinstance(record, Progress):
+                raise StoppedError("stopped before training", signal_number=signals.number)
+    if signals():
+        raise StoppedError(f"stopped; {output}/run is saved", signal_number=signals.number)
+    if not is_json():
+        write_out(_summary(stages, output))
+
+
+def _seconds(stage: StageDone) -> str:
+    return f"({stage.seconds:.1f} s)"
+
+
+def _value(name: str, value: Any) -> str:
+    if name == "bytes":
+        return size(value)
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _summary(stages: list[StageDone], output: str) -> str:
+    """The closing table, the sample, the completions, and what to do next."""
+    found = {stage.stage: stage for stage in stages}
+    rows = []
+    for stage in stages:
+        if stage.stage in ("sample", "completion"):
+            continue
+        figures = ", ".join(f"{name.replace('_', ' ')} {_value(name, value)}" for name, value in stage.figures.items())
+        rows.append(f"{stage.stage:<10} {stage.seconds:>6.1f} s  {figures}")
+    lines = ["", *rows]
+    sample, completion = found.get("sample"), found.get("completion")
+    if sample is not None:
+        lines += ["", "The model writes:", sample.figures["prompt"] + sample.figures["text"]]
+    if completion is not None:
+        lines += ["", f"It completes {completion.figures['prefix']!r}:"]
+        lines += [f"  {item['probability']:.3f}  {item['text']}" for item in completion.figures["completions"]]
+    model = f"{output}/run/model"
+    lines += [
+        "",
+        "Go on with:",
+        f'  llmcli generate -m {model} "The module"',
+        f'  llmcli complete -m {model} "import "',
+        f"  llmcli pretrain {output}/corpus -o runs/longer --preset 4m",
+        f"  llmcli info {model}",
+        f"  llmcli plot {output}/run",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,273 @@
+"""Generation: prompts to text by a model, token by token, one prompt or a file of them.
+
+Invariant: a sample's text depends on the model, its prompt, the settings, and (seed, number of its prompt, number of
+the sample): not on the batch that it shared. Pieces of text hold whole characters only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import secrets
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llmcli import config as configs
+from llmcli.config import GenerateConfig, SamplingConfig
+from llmcli.data.stop_strings import StopStrings
+from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
+from llmcli.errors import ConfigError, DataError, LlmcliError, UsageError
+from llmcli.files.artefacts import read_json, resolve_model
+from llmcli.runtime.decoding import STOP, Finished, Row, Token, decode
+from llmcli.runtime.sampling import Choice, Sampler
+from llmcli.runtime.session import Session
+
+_GENERATION_CONFIG = "generation_config.json"
+_LOOK_BACK = 16  # tokens of the prompt that the decoding of text begins with
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prompt:
+    """A text to continue. `index` numbers it among all, `id` is the caller's; `error`: why there is no text."""
+
+    text: str
+    index: int = 0
+    id: Any = None
+    error: LlmcliError | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that a sample gained."""
+
+    index: int
+    sample: int
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token, its natural log-probability before any sampling setting, and the most probable ones in its place."""
+
+    id: int
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Generated:
+    """A sample that ended."""
+
+    index: int
+    id: Any
+    sample: int
+    text: str  # what follows the prompt, without the stop string
+    prompt_tokens: int
+    tokens: int  # that were generated, the end of text not counted
+    finish_reason: str  # stop: end of text or a stop string; length: max_new_tokens; cut: the context was full
+    seed: int
+    truncated_tokens: int  # left out at the prompt's begin
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Failed:
+    """A prompt that could not be continued."""
+
+    index: int
+    id: Any
+    error: LlmcliError
+
+
+class Generator:
+    """A model that is loaded once and continues prompt after prompt."""
+
+    def __init__(self, session: Session, tokenizer: TextTokenizer, end_ids: Iterable[int] = ()) -> None:
+        if tokenizer.vocab_size > session.vocab_size:
+            raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {session.vocab_size}")
+        self.session, self.tokenizer = session, tokenizer
+        self.end_ids = frozenset(end_ids) or frozenset(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
+
+    def generate(
+        self,
+        prompts: Iterable[str | Prompt],
+        config: GenerateConfig = GenerateConfig(),  # noqa: B008 -- frozen
+        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008
+    ) -> Iterator[Piece | Generated | Failed]:
+        """Continues prompts, `batch_size` rows at a time. What ends comes in the order of the prompts and samples.
+
+        A prompt that does not fit raises UsageError where it is a plain text; as a `Prompt` it yields a `Failed`.
+        """
+        configs.check(config)
+        configs.check(sampling)
+        if "" in config.stop:
+            raise ConfigError("a stop string must not be empty", where="stop")
+        seed = new_seed() if config.seed is None else config.seed
+        samples = (
+            item
+            for index, prompt in enumerate(prompts)
+            for item in self._samples(prompt, index, config, sampling, seed)
+        )
+        while batch := list(itertools.islice(samples, config.batch_size)):
+            yield from self._run(batch)
+
+    def _samples(
+        self, prompt: str | Prompt, index: int, config: GenerateConfig, sampling: SamplingConfig, seed: int
+    ) -> Iterator[_Sample | Failed]:
+        """What a prompt asks for: its samples, all of one and the same list of ids, or why there are none."""
+        try:
+            numbered = prompt if isinstance(prompt, Prompt) else Prompt(prompt, index)
+            if numbered.error is not None:
+                raise numbered.error
+            ids, left_out = self.prompt_ids(numbered.text, config)
+        except LlmcliError as error:
+            if isinstance(prompt, str):
+                raise
+            yield Failed(prompt.index, prompt.id, error)
+            return
+        for number in range(config.num_samples):
+            row = Row(
+                ids,
+                Sampler(sampling, seed=seed, stream=(numbered.index, number), seen=ids),
+                config.max_new_tokens,
+                frozenset() if config.ignore_eos else self.end_ids,
+                self.tokenizer.vocab_size,
+                config.logprobs,
+            )
+            yield _Sample(self.tokenizer, numbered, number, row, StopStrings(config.stop), seed, left_out)
+
+    def _run(self, batch: list[_Sample | Failed]) -> Iterator[Piece | Generated | Failed]:
+        running = [place for place, item in enumerate(batch) if isinstance(item, _Sample)]
+        ended: dict[int, Generated | Failed] = {
+            place: item for place, item in enumerate(batch) if isinstance(item, Failed)
+        }
+        due = 0
+        samples = [item for item in batch if isinstance(item, _Sample)]
+        for event in decode(self.session, [sample.row for sample in samples]) if samples else ():
+            sample = samples[event.row]
+            text = sample.push(event.choice) if isinstance(event, Token) else sample.finish()
+            if text:
+                yield Piece(sample.prompt.index, sample.number, text)
+            if isinstance(event, Finished):
+                ended[running[event.row]] = sample.result()
+            while due in ended:
+                yield ended.pop(due)
+                due += 1
+        for place in sorted(ended):
+            yield ended[place]
+
+    def prompt_ids(self, text: str, config: GenerateConfig) -> tuple[list[int], int]:
+        """The ids of a prompt, and how many were left out at its begin. Raises UsageError for one that does not fit."""
+        tokenizer, context = self.tokenizer, self.session.context
+        ids = tokenizer.encode(text, special=True)
+        if not ids:
+            begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+            if begin is None:
+                raise DataError("the tokenizer has no token that begins a text, so an empty prompt cannot be continued")
+            ids = [begin]
+        if len(ids) <= context:
+            return ids, 0
+        if not config.truncate:
+            raise UsageError(
+                f"the prompt has {len(ids)} tokens, the model's context is {context}; --truncate keeps its end"
+            )
+        kept = max(1, context - min(config.max_new_tokens, context // 2))
+        return ids[-kept:], len(ids) - kept
+
+
+class _Sample:
+    """A row of ids that becomes text."""
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        prompt: Prompt,
+        number: int,
+        row: Row,
+        stops: StopStrings,
+        seed: int,
+        left_out: int,
+    ) -> None:
+        self.prompt, self.number, self.row = prompt, number, row
+        self._tokenizer, self._stops, self._seed, self._left_out = tokenizer, stops, seed, left_out
+        self._text: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._stream = tokenizer.stream(skip_special=True)
+        # Some of the prompt goes first: a decoder may strip the space that begins a text, which this one is not.
+        for identity in row.prompt[-_LOOK_BACK:]:
+            self._stream.push(identity)
+
+    def push(self, choice: Choice) -> str:
+        """Takes a token; the text that is certain by it. Ends the row where a stop string is met."""
+        if self.row.logprobs is not None:
+            token = self._tokenizer.token_text
+            top = tuple((token(identity), logprob) for identity, logprob in choice.top)
+            self._logprobs.append(TokenLogprob(choice.id, token(choice.id), choice.logprob, top))
+        text = self._stops.push(self._stream.push(choice.id))
+        if self._stops.met is not None:
+            self.row.finish_reason = STOP
+        self._text.append(text)
+        return text
+
+    def finish(self) -> str:
+        """The text that was held back, as nothing follows."""
+        text = ""
+        if self._stops.met is None:
+            text = self._stops.push(self._stream.flush())
+            if self._stops.met is None:
+                text += self._stops.flush()
+        self._text.append(text)
+        return text
+
+    def result(self) -> Generated:
+        """The sample as it ended."""
+        return Generated(
+            index=self.prompt.index,
+            id=self.prompt.id,
+            sample=self.number,
+            text="".join(self._text),
+            prompt_tokens=len(self.row.prompt),
+            tokens=len(self.row.ids),
+            finish_reason=STOP if self._stops.met is not None else self.row.finish_reason or STOP,
+            seed=self._seed,
+            truncated_tokens=self._left_out,
+            logprobs=tuple(self._logprobs) if self.row.logprobs is not None else None,
+        )
+
+
+def open_generator(model: str | Path, *, device: str = "auto", threads: int | None = None) -> Generator:
+    """Loads a model folder, or a run's result."""
+    from llmcli.runtime.torch_session import open_session
+
+    folder = resolve_model(model)
+    tokenizer = load_tokenizer(folder)
+    return Generator(open_session(folder, device=device, threads=threads), tokenizer, _end_ids(folder))
+
+
+def generate(
+    model: str | Path,
+    prompts: str | Iterable[str | Prompt],
+    config: GenerateConfig = GenerateConfig(),  # noqa: B008  (frozen)
+    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008
+) -> Iterator[Piece | Generated | Failed]:
+    """Continues a prompt, or many, by a model folder or a run; see `Generator.generate`."""
+    generator = open_generator(model, device=config.device, threads=config.threads)
+    try:
+        yield from generator.generate([prompts] if isinstance(prompts, str) else prompts, config, sampling)
+    finally:
+        generator.session.close()
+
+
+def new_seed() -> int:
+    """A seed that was not used before, short enough to be typed again."""
+    return secrets.randbits(32)
+
+
+def _end_ids(folder: Path) -> list[int]:
+    """The tokens that end a text, as the model's files name them; none: the tokenizer's own."""
+    if not (folder / _GENERATION_CONFIG).is_file():
+        return []
+    found = read_json(folder / _GENERATION_CONFIG).get("eos_token_id")
+    return [item for item in (found if isinstance(found, list) else [found]) if isinstance(item, int)]

@@ -1,0 +1,132 @@
+"""`quickstart`: the whole way once, by the same operations as the commands: text, tokenizer, corpus, model, words.
+
+Invariant: everything it makes lies in one folder, and each step's figures are in the record that ends it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmcli.config import CompleteConfig, CorpusConfig, GenerateConfig, PretrainConfig, TextConfig, TokenizerConfig
+from llmcli.data.python_text import python_texts
+from llmcli.errors import MissingExtraError
+from llmcli.files.atomic import refuse_existing, staged_folder, write_file
+from llmcli.operations.complete import complete
+from llmcli.operations.generate import Generated, generate
+from llmcli.operations.plot import draw, read_curves
+from llmcli.operations.prepare import PrepareReport, prepare
+from llmcli.operations.pretrain import Started, pretrain
+from llmcli.operations.records import Progress
+from llmcli.operations.tokenizer import TrainReport, train_tokenizer
+from llmcli.training.loop import TrainingEvent
+
+PROMPT = "The "
+PREFIX = "The func"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageDone:
+    """A stage that ended: what it made and its figures, in the order to show them."""
+
+    stage: str
+    seconds: float
+    made: str
+    figures: dict[str, Any]
+
+
+def quickstart(
+    inputs: Sequence[str],
+    folder: str | Path,
+    *,
+    seconds: float = 90.0,
+    seed: int = 0,
+    overwrite: bool = False,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Iterator[Progress | Started | TrainingEvent | StageDone]:
+    """Text to a model that writes, in the folder `folder`; without inputs the text that Python itself brings.
+
+    `seconds` bounds the training. Yields what the operations yield, and a StageDone after each.
+    """
+    place = Path(folder)
+    refuse_existing(place, overwrite=overwrite)
+    with staged_folder(place, overwrite=overwrite) as empty:  # the old content goes at once or not at all
+        (empty / "README.txt").write_text("Made by llmcli quickstart; may be deleted.\n", "utf-8")
+    began = time.perf_counter()
+
+    def done(stage: str, made: Path | str, **figures: Any) -> StageDone:
+        nonlocal began
+        now = time.perf_counter()
+        began, taken = now, now - began
+        return StageDone(stage, taken, str(made), figures)
+
+    texts = list(inputs)
+    if not texts:
+        path = place / "text.jsonl"
+        lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in python_texts()]
+        write_file(path, "".join(lines))
+        texts = [str(path)]
+        yield done("text", path, documents=len(lines), bytes=path.stat().st_size)
+
+    settings = TokenizerConfig(vocab_size=2048)
+    for step in train_tokenizer(texts, place / "tokenizer", TextConfig(), settings):
+        if isinstance(step, TrainReport):
+            yield done("tokenizer", place / "tokenizer", vocabulary=step.vocab_size)
+        else:
+            yield step
+    for record in prepare(texts, place / "tokenizer", place / "corpus", TextConfig(), CorpusConfig()):
+        if isinstance(record, PrepareReport):
+            yield done("corpus", place / "corpus", **_corpus_figures(record))
+        else:
+            yield record
+
+    run = place / "run"
+    config = PretrainConfig(preset="1m", max_seconds=seconds, seed=seed, eval_every=100)
+    best = last = None
+    parameters = 0
+    for event in pretrain(str(place / "corpus"), run, config, stopping=stopping):
+        yield event
+        if isinstance(event, Started):
+            parameters = event.plan.parameters
+        elif isinstance(event, TrainingEvent):
+            last = event
+            best = event if event.best else best
+    assert last is not None
+    if last.reason == "stopped":
+        return
+    yield done(
+        "model",
+        run / "model",
+        parameters=parameters,
+        steps=last.step,
+        tokens=last.tokens,
+        tokens_per_second=round(last.tokens / max(last.elapsed_seconds, 1e-9)),
+        bits_per_byte=best.bits_per_byte if best else None,
+    )
+    try:
+        draw(read_curves([run]), run / "loss.svg")
+        yield done("curve", run / "loss.svg")
+    except MissingExtraError:
+        pass
+    yield from _words(run / "model", seed, done)
+
+
+def _corpus_figures(report: PrepareReport) -> dict[str, Any]:
+    return {
+        "documents": report.train_documents + report.val_documents,
+        "train_tokens": report.train_tokens,
+        "validation_tokens": report.val_tokens,
+    }
+
+
+def _words(model: Path, seed: int, done: Callable[..., StageDone]) -> Iterator[StageDone]:
+    """A sample and an autocompletion."""
+    for record in generate(model, [PROMPT], GenerateConfig(max_new_tokens=80, seed=seed)):
+        if isinstance(record, Generated):
+            yield done("sample", "", prompt=PROMPT, text=record.text, tokens=record.tokens)
+    found = complete(model, PREFIX, CompleteConfig(count=5))
+    yield done("completion", "", prefix=PREFIX, completions=[dataclasses.asdict(item) for item in found.completions])

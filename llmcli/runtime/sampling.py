@@ -1,0 +1,122 @@
+"""Sampling: from the logits of one position to the next token. Numpy only, the same for every engine.
+
+Invariant: what is drawn depends on the logits and the row's own random numbers alone, never on other rows of a batch.
+The order is that of transformers (repetition penalty, temperature, top-k, top-p, min-p), so settings carry over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from llmcli.config import SamplingConfig
+from llmcli.errors import LlmcliError
+
+Vector = npt.NDArray[np.float32]
+_HEAD = 512  # the most probable tokens that top-p looks at first: sorting a vocabulary of 150,000 costs 10 ms
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Choice:
+    """A token that was chosen: its log-probability and those of the most probable tokens, before any setting."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Chooses a row's tokens. `stream` tells the rows of a seed apart, so that each draws numbers of its own."""
+
+    def __init__(
+        self, config: SamplingConfig, *, seed: int = 0, stream: Sequence[int] = (), seen: Sequence[int] = ()
+    ) -> None:
+        self.config = config
+        self._random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, *stream])))
+        self._seen = set(seen) if config.repetition_penalty != 1 else None
+
+    def choose(self, logits: Vector, *, top: int | None = None) -> Choice:
+        """The next token of (V,) logits. `top`: report its log-probability and those of so many tokens; None: neither.
+
+        Raises LlmcliError where the logits are not numbers.
+        """
+        if not np.isfinite(logits.max()):
+            raise LlmcliError("the model's logits are not finite: its weights are broken, or its precision too low")
+        scores = self._penalised(logits)
+        if self.config.temperature == 0:
+            identity = int(scores.argmax())
+        else:
+            ids, probabilities = distribution(scores, self.config)
+            # The sum of the probabilities is 1 but for rounding; the last token must not lie beyond it.
+            bounds = probabilities.cumsum()
+            place = int(bounds.searchsorted(self._random.random() * bounds[-1], side="right"))
+            identity = int(ids[min(place, len(ids) - 1)])
+        if self._seen is not None:
+            self._seen.add(identity)
+        if top is None:
+            return Choice(identity, 0.0)
+        logprobs = logits - logits.max()
+        logprobs = logprobs - np.log(np.exp(logprobs, dtype=np.float64).sum())
+        best = most_probable(logits, top)
+        alternatives = tuple((int(item), float(logprobs[item])) for item in best)
+        return Choice(identity, float(logprobs[identity]), alternatives)
+
+    def _penalised(self, logits: Vector) -> Vector:
+        """Keskar et al. 2019 (CTRL), section 4.1: a token that occurred loses, whatever its logit's sign."""
+        if not self._seen:
+            return logits
+        ids = np.fromiter(self._seen, np.int64, len(self._seen))
+        scores = logits.copy()
+        found, penalty = scores[ids], np.float32(self.config.repetition_penalty)
+        scores[ids] = np.where(found < 0, found * penalty, found / penalty)
+        return scores
+
+
+def distribution(logits: Vector, config: SamplingConfig) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The tokens that may be drawn and their probabilities; `temperature` must not be 0.
+
+    top-k keeps the k most probable, top-p the fewest most probable whose sum reaches p (Holtzman et al. 2020), min-p
+    those of at least p times the largest probability (Nguyen et al. 2024). One token always stays.
+    """
+    scores = logits.astype(np.float64)
+    scores = (scores - scores.max()) / config.temperature
+    if 0 < config.top_k < len(scores):
+        ids = np.sort(most_probable(scores, config.top_k))
+        weights = np.exp(scores[ids])
+    else:
+        ids, weights = np.arange(len(scores)), np.exp(scores)
+    weights /= weights.sum()
+    if config.top_p < 1:
+        kept = np.sort(_nucleus(weights, config.top_p))
+        ids, weights = ids[kept], weights[kept]
+    if config.min_p > 0:
+        likely = weights >= config.min_p * weights.max()
+        ids, weights = ids[likely], weights[likely]
+    return ids, weights / weights.sum()
+
+
+def _nucleus(weights: npt.NDArray[np.float64], share: float) -> npt.NDArray[np.int64]:
+    """The fewest most probable places whose sum reaches the share; at least one."""
+    head = min(_HEAD, len(weights))
+    while True:
+        order = most_probable(weights, head)
+        reached = int(weights[order].cumsum().searchsorted(share)) + 1
+        if reached <= head or head == len(weights):
+            return order[:reached]
+        head = min(8 * head, len(weights))
+
+
+def most_probable(scores: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.int64]:
+    """The places of the `count` greatest, greatest first, equal ones in order of place."""
+    count = min(count, len(scores))
+    if count < 1:
+        return np.empty(0, np.int64)
+    if count == len(scores):
+        return np.argsort(-scores, kind="stable")
+    # Among equals at the border the partition takes any; all of them are looked at, so that the first ones win.
+    border = np.partition(scores, len(scores) - count)[len(scores) - count]
+    candidates = np.flatnonzero(scores >= border)
+    return candidates[np.argsort(-scores[candidates], kind="stable")][:count]
