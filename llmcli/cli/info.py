@@ -63,6 +63,11 @@ def _shown(key: str, value: Any) -> str:
     return str(value)
 
 
+def counted(count: int, thing: str) -> str:
+    """How many there are of a thing: 1 document, 2,000 documents."""
+    return f"{count:,} {thing}{'s' * (count != 1)}"
+
+
 def size(count: float) -> str:
     """Bytes with their unit."""
     for unit in ("bytes", "kB", "MB"):

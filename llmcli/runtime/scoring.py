@@ -28,9 +28,11 @@ class Window:
     scored: int
 
 
-def windows(length: int, context: int, stride: int, sequence: int = 0) -> Iterator[Window]:
-    """The windows of a sequence: at most context + 1 ids, as the last one is a target only."""
-    done = 1  # the first token has nothing before it
+def windows(length: int, context: int, stride: int, sequence: int = 0, *, done: int = 1) -> Iterator[Window]:
+    """The windows of a sequence: at most context + 1 ids, as the last one is a target only.
+
+    The first `done` ids are given and not scored; one at least, as the first token has nothing before it.
+    """
     while done < length:
         end = min(length, done + (context if done == 1 else stride))
         yield Window(sequence, max(0, end - context - 1), end, end - done)
