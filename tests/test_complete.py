@@ -204,9 +204,11 @@ def test_the_command_writes_lines_and_json(seven: Path) -> None:
     assert len(rows) == 3
     assert all(re.fullmatch(r"[01]\.\d{4}", row[0]) and len(row) == 2 for row in rows)
     found = json.loads(CliRunner().invoke(command, ["-m", str(seven), "ab", "-n", "3", "--json"]).stdout)
-    assert list(found) == ["prefix", "completions", "prompt_tokens", "healed", "truncated_tokens"]
+    assert {"prefix", "completions", "healed", "truncated_tokens"} <= set(found)
+    assert {"text", "prompt_tokens", "tokens", "finish_reason", "seed"} <= set(found)  # as generate has them
     assert found["prefix"] == "ab"
-    assert list(found["completions"][0]) == ["text", "probability", "finish_reason"]
+    assert list(found["completions"][0]) == ["text", "probability", "finish_reason", "tokens"]
+    assert found["text"] == found["completions"][0]["text"]
     shown = [item["text"].replace("\n", "\\n") for item in found["completions"]]
     assert shown == [row[1] for row in rows]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import click
 
 from llmcli.cli.options import GroupedCommand, is_json, prompt_text, settings, shared_options
@@ -37,7 +39,9 @@ def complete(prefix: tuple[str, ...], model: str, complete_config: CompleteConfi
     if found.truncated_tokens:
         notice(f"The first {found.truncated_tokens:,} tokens of the prefix were left out.")
     if is_json():
-        write_json(found)
+        # The keys that generate has are those of the best one; nothing was drawn, so there is no seed.
+        best = dataclasses.asdict(found.completions[0]) if found.completions else {"text": "", "tokens": 0}
+        write_json({**best, "seed": None, **dataclasses.asdict(found)})
         return
     for item in found.completions:
         write_out(f"{item.probability:.4f}\t{item.text.translate(_ESCAPED)}\n")

@@ -38,6 +38,7 @@ class Completion:
     text: str
     probability: float
     finish_reason: str  # stop: the word or line ends; length: cut at the limit of tokens
+    tokens: int  # of the text, as the tokenizer cuts it by itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,12 @@ class Completer:
         room = context - len(prompt) + 1  # the last token is not fed
         found = search(self.session, prompt, rules, count=config.count, max_tokens=min(wanted, room))
         completions = tuple(
-            Completion(str(item.key), item.probability, "length" if 2 * item.cut > item.probability else "stop")
+            Completion(
+                str(item.key),
+                item.probability,
+                "length" if 2 * item.cut > item.probability else "stop",
+                len(self.tokenizer.encode(str(item.key))),
+            )
             for item in found
         )
         healed = rules.required.decode("utf-8", "replace")
