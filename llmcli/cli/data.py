@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmcli.cli.info import size, table
+from llmcli.cli.display import progress
+from llmcli.cli.info import counted, size, table
 from llmcli.cli.options import GroupedCommand, is_json, overwrite_option, settings, shared_options
-from llmcli.cli.streams import notice, write_json, write_out
+from llmcli.cli.streams import write_json, write_out
 from llmcli.config import CorpusConfig, TextConfig
 
 if TYPE_CHECKING:
     from llmcli.operations.check_data import CheckReport
     from llmcli.operations.prepare import PrepareReport
-    from llmcli.operations.records import Progress
 
 
 _LISTED = 100  # files in the table; --json has them all
-
-
-@contextlib.contextmanager
-def progress(title: str) -> Iterator[Callable[[Progress], None]]:
-    """A line every few seconds."""
-    told = time.monotonic()
-
-    def amount(count: int, unit: str) -> str:
-        return size(count) if unit == "bytes" else f"{count:,} {unit}"
-
-    def show(record: Progress) -> None:
-        nonlocal told
-        if time.monotonic() - told >= 5:
-            told = time.monotonic()
-            share = f" of {amount(record.total, record.unit)}" if record.total else ""
-            notice(f"{title}: {record.stage}, {amount(record.done, record.unit)}{share}")
-
-    yield show
 
 
 @click.group
@@ -105,7 +84,7 @@ def _show_prepared(report: PrepareReport) -> None:
 
 
 def _part(tokens: int, length: int, documents: int) -> str:
-    return f"{tokens:,} tokens, {size(length)}, {documents:,} document{'s' * (documents != 1)}"
+    return f"{tokens:,} tokens, {size(length)}, {counted(documents, 'document')}"
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -148,7 +127,7 @@ def check(context: click.Context, files: tuple[str, ...], min_chars: int, text_c
 def _show_checked(report: CheckReport) -> None:
     _show_files(report)
     lines = [
-        f"{report.documents:,} documents, {report.characters:,} characters, {size(report.bytes)} as UTF-8",
+        f"{counted(report.documents, 'document')}, {report.characters:,} characters, {size(report.bytes)} as UTF-8",
         f"length: {report.shortest:,} to {report.longest:,} characters, median about {report.median:,}",
         *(f"skipped: {reason}" for reason in report.skipped),
         *(f"{place.where}: {place.what}" for place in report.places),
