@@ -54,8 +54,8 @@ def quickstart(
     """
     place = Path(folder)
     refuse_existing(place, overwrite=overwrite)
-    with staged_folder(place, overwrite=overwrite) as empty:  # the old content goes at once or not at all
-        (empty / "README.txt").write_text("Made by llmcli quickstart; may be deleted.\n", "utf-8")
+    with staged_folder(place, overwrite=overwrite):
+        pass  # an empty folder takes the place of the old content, which goes at once or not at all
     began = time.perf_counter()
 
     def done(stage: str, made: Path | str, **figures: Any) -> StageDone:
