@@ -1,3 +1,75 @@
-"""llmcli: from plain text to a language model that runs offline on a laptop."""
+"""llmcli: from plain text to a language model that runs offline on a laptop.
+
+Invariant: importing the package imports nothing; each public name is imported when it is first used.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from llmcli.config import CompleteConfig as CompleteConfig
+    from llmcli.config import CorpusConfig as CorpusConfig
+    from llmcli.config import EvaluateConfig as EvaluateConfig
+    from llmcli.config import GenerateConfig as GenerateConfig
+    from llmcli.config import PretrainConfig as PretrainConfig
+    from llmcli.config import SamplingConfig as SamplingConfig
+    from llmcli.config import TextConfig as TextConfig
+    from llmcli.config import TokenizerConfig as TokenizerConfig
+    from llmcli.data.corpus import open_corpus as open_corpus
+    from llmcli.data.tokenizer import load_tokenizer as load_tokenizer
+    from llmcli.errors import LlmcliError as LlmcliError
+    from llmcli.models.folder import load_model as load_model
+    from llmcli.operations.check_data import check_data as check_data
+    from llmcli.operations.complete import complete as complete
+    from llmcli.operations.evaluate import evaluate as evaluate
+    from llmcli.operations.generate import generate as generate
+    from llmcli.operations.generate import open_generator as open_generator
+    from llmcli.operations.generate_file import generate_file as generate_file
+    from llmcli.operations.inspect import describe as describe
+    from llmcli.operations.prepare import prepare as prepare
+    from llmcli.operations.pretrain import plan_pretraining as plan_pretraining
+    from llmcli.operations.pretrain import pretrain as pretrain
+    from llmcli.operations.quickstart import quickstart as quickstart
+    from llmcli.operations.tokenizer import tokenizer_info as tokenizer_info
+    from llmcli.operations.tokenizer import train_tokenizer as train_tokenizer
+    from llmcli.operations.verify import verify as verify
+
+# Where each public name lives.
+_HOMES = {
+    "config": (
+        *("CompleteConfig", "CorpusConfig", "EvaluateConfig", "GenerateConfig", "PretrainConfig"),
+        *("SamplingConfig", "TextConfig", "TokenizerConfig"),
+    ),
+    "errors": ("LlmcliError",),
+    "data.corpus": ("open_corpus",),
+    "data.tokenizer": ("load_tokenizer",),
+    "models.folder": ("load_model",),
+    "operations.check_data": ("check_data",),
+    "operations.complete": ("complete",),
+    "operations.evaluate": ("evaluate",),
+    "operations.generate": ("generate", "open_generator"),
+    "operations.generate_file": ("generate_file",),
+    "operations.inspect": ("describe",),
+    "operations.prepare": ("prepare",),
+    "operations.pretrain": ("plan_pretraining", "pretrain"),
+    "operations.quickstart": ("quickstart",),
+    "operations.tokenizer": ("tokenizer_info", "train_tokenizer"),
+    "operations.verify": ("verify",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'llmcli' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(f"llmcli.{_HOME_OF[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME_OF])
