@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,3 +34,14 @@ def run_llmcli(*words: object, environment: dict[str, str] | None = None, **deta
 def llmcli() -> Run:
     """The command `llmcli`, run in a child process."""
     return run_llmcli  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: tiny products gain nothing by more, and on a busy machine each waits for the other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmcli.errors import DataError, from_os_error
+from llmcli.files.safetensors_header import TensorEntry, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapp
             str(path),
             metadata=dict(metadata or {"format": "pt"}),
         )
+        path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes it private, whatever the umask says
     except OSError as error:
         raise from_os_error(error, path) from error
     except Exception as error:
@@ -102,6 +104,18 @@ def weight_files(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise DataError(f"the shard {name} is missing", where=str(folder))
     return [folder / name for name in names]
+
+
+def tensors_of(folder: Path) -> dict[str, TensorEntry]:
+    """Every tensor of a model folder, over its shards, from the headers alone. Raises DataError for a breach."""
+    entries: dict[str, TensorEntry] = {}
+    for path in weight_files(folder):
+        header = read_header(path)
+        twice = entries.keys() & header.keys()
+        if twice:
+            raise DataError(f"the tensor {min(twice)} is in another shard too", where=str(path))
+        entries.update(header)
+    return entries
 
 
 def load_weights(folder: Path, device: str = "cpu") -> dict[str, torch.Tensor]:

@@ -13,6 +13,17 @@ from llmcli.errors import ConfigError
 
 FAMILIES = ("qwen3", "llama", "gpt2")
 
+# Above these no real model lies; a stranger's config must not have us build a billion layers before the weights say no.
+_MOST = {
+    "hidden_size": 2**24,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "intermediate_size": 2**24,
+}
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
@@ -38,10 +49,18 @@ class DecoderConfig:
         if self.model_type not in FAMILIES:
             raise ConfigError(f"is {self.model_type!r}; supported: {', '.join(FAMILIES)}", where="model_type")
         for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
             if field.type == "int":
-                value = getattr(self, field.name)
-                if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-                    raise ConfigError(f"must be a whole number above 0, is {value!r}", where=field.name)
+                _check_number(field.name, value, _MOST.get(field.name, 2**31 - 1), whole=True)
+            elif field.type == "bool" and not isinstance(value, bool):
+                raise ConfigError(f"must be true or false, is {value!r:.80}", where=field.name)
+        _check_number("norm_eps", self.norm_eps, 1)
+        _check_number("rope_theta", self.rope_theta, 1e15)
+        if self.rope_scaling is not None:
+            for key in _LLAMA3:
+                _check_number(f"rope_scaling.{key}", self.rope_scaling.get(key), 2**31 - 1)
+            if self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]:
+                raise ConfigError("must be above low_freq_factor", where="rope_scaling.high_freq_factor")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key/value heads",
@@ -58,7 +77,23 @@ class DecoderConfig:
         return self.model_type == "qwen3"
 
 
+def _check_number(name: str, value: Any, most: float, *, whole: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not 0 < value <= most:
+        kind = "whole number" if whole else "number"
+        raise ConfigError(f"must be a {kind} above 0 and at most {most:g}, is {value!r:.80}", where=name)
+
+
 _ACTIVATIONS = {"qwen3": ("silu", "swish"), "llama": ("silu", "swish"), "gpt2": ("gelu_new", "gelu_pytorch_tanh")}
+
+# gpt2's own names of what has another in the other families.
+_GPT2_NAMES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+    "norm_eps": "layer_norm_epsilon",
+}
 
 # Keys that change the result, with the values that are honoured; anything else is refused by name.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -77,25 +112,37 @@ def read_config(values: Mapping[str, Any], where: str) -> DecoderConfig:
     """The decoder's shape from the content of a `config.json`. Raises ConfigError naming the key at fault."""
     family = values.get("model_type")
     if family not in FAMILIES:
-        raise ConfigError(f"model_type is {family!r}; supported: {', '.join(FAMILIES)}", where=where)
+        raise ConfigError(f"model_type is {family!r:.80}; supported: {', '.join(FAMILIES)}", where=where)
     for key, allowed in _ONLY.items():
         if key in values and values[key] not in allowed:
-            raise ConfigError(f"{key} = {values[key]!r} is not supported", where=where)
+            raise ConfigError(f"{key} = {values[key]!r:.80} is not supported", where=where)
     activation = values.get("activation_function" if family == "gpt2" else "hidden_act", _ACTIVATIONS[family][0])
     if activation not in _ACTIVATIONS[family]:
-        raise ConfigError(f"the activation {activation!r} is not supported for {family}", where=where)
+        raise ConfigError(f"the activation {activation!r:.80} is not supported for {family}", where=where)
     try:
-        return _read_gpt2(values) if family == "gpt2" else _read_llama(values, where)
+        return _read_gpt2(values) if family == "gpt2" else _read_llama(values)
     except KeyError as error:
         raise ConfigError(f"the key {error} is missing", where=where) from error
-    except TypeError as error:
-        raise ConfigError(f"holds a value of a wrong type: {error}", where=where) from error
     except ConfigError as error:
-        raise ConfigError(str(error), where=where) from error
+        name = error.where or ""
+        key = _GPT2_NAMES.get(name, name) if family == "gpt2" else name.replace("norm_eps", "rms_norm_eps")
+        raise ConfigError(f"{key}: {error.message}" if key else error.message, where=where) from error
+
+
+def _whole(values: Mapping[str, Any], key: str) -> int:
+    """A number that others are computed from."""
+    _check_number(key, values[key], 2**31 - 1, whole=True)
+    return int(values[key])
+
+
+def _given(values: Mapping[str, Any], key: str, default: Any) -> Any:
+    """A value; the default where it is missing or null, but not where it is 0."""
+    value = values.get(key)
+    return default if value is None else value
 
 
 def _read_gpt2(values: Mapping[str, Any]) -> DecoderConfig:
-    hidden, heads = values["n_embd"], values["n_head"]
+    hidden, heads = _whole(values, "n_embd"), _whole(values, "n_head")
     return DecoderConfig(
         model_type="gpt2",
         vocab_size=values["vocab_size"],
@@ -104,7 +151,7 @@ def _read_gpt2(values: Mapping[str, Any]) -> DecoderConfig:
         num_attention_heads=heads,
         num_key_value_heads=heads,
         head_dim=hidden // heads,
-        intermediate_size=values.get("n_inner") or 4 * hidden,
+        intermediate_size=_given(values, "n_inner", 4 * hidden),
         max_position_embeddings=values.get("n_positions", 1024),
         norm_eps=values.get("layer_norm_epsilon", 1e-5),
         tie_word_embeddings=values.get("tie_word_embeddings", True),
@@ -113,30 +160,46 @@ def _read_gpt2(values: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def _read_llama(values: Mapping[str, Any], where: str) -> DecoderConfig:
-    # transformers 5 writes `rope_parameters`, 4 wrote `rope_theta` and `rope_scaling`.
-    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ConfigError(f"rope_type = {kind!r} is not supported", where=where)
-    heads = values["num_attention_heads"]
+def _read_llama(values: Mapping[str, Any]) -> DecoderConfig:
+    family, heads, size = values["model_type"], _whole(values, "num_attention_heads"), _whole(values, "hidden_size")
+    kinds = _given(values, "layer_types", [])
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise ConfigError("only full_attention is supported", where="layer_types")
+    rope = _rope(values)
+    scaled = rope.get("rope_type", rope.get("type", "default")) == "llama3"
+    context = _given(values, "max_position_embeddings", 32768 if family == "qwen3" else 2048)
     return DecoderConfig(
-        model_type=values["model_type"],
+        model_type=family,
         vocab_size=values["vocab_size"],
-        hidden_size=values["hidden_size"],
+        hidden_size=size,
         num_hidden_layers=values["num_hidden_layers"],
         num_attention_heads=heads,
-        num_key_value_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or (128 if values["model_type"] == "qwen3" else values["hidden_size"] // heads),
+        num_key_value_heads=_given(values, "num_key_value_heads", heads),
+        head_dim=_given(values, "head_dim", 128 if family == "qwen3" else size // heads),
         intermediate_size=values["intermediate_size"],
-        max_position_embeddings=values.get("max_position_embeddings", 2048),
+        max_position_embeddings=context,
         norm_eps=values.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0),
-        rope_scaling=rope if kind == "llama3" else None,
+        rope_theta=_given(rope, "rope_theta", _given(values, "rope_theta", 10_000.0)),
+        rope_scaling={"rope_type": "llama3", **{key: rope.get(key) for key in _LLAMA3}} if scaled else None,
         tie_word_embeddings=values.get("tie_word_embeddings", False),
         attention_bias=values.get("attention_bias", False),
         mlp_bias=values.get("mlp_bias", False),
     )
+
+
+def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The rule of rotary positions: transformers 5 writes `rope_parameters`, 4 wrote `rope_scaling`, which wins."""
+    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    found = _given(values, key, {})
+    if not isinstance(found, Mapping) or any(isinstance(value, Mapping) for value in found.values()):
+        raise ConfigError("must be an object with one rule for all layers", where=key)
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ConfigError(f"rope_type = {kind!r:.80} is not supported")
+    if found.get("partial_rotary_factor") not in _ONLY["partial_rotary_factor"]:
+        raise ConfigError(f"partial_rotary_factor = {found['partial_rotary_factor']!r:.80} is not supported")
+    trained = _given(found, "original_max_position_embeddings", values.get("max_position_embeddings"))
+    return {**found, "original_max_position_embeddings": trained}
 
 
 def write_config(config: DecoderConfig, special_ids: Mapping[str, int | None], dtype: str) -> dict[str, Any]:
@@ -173,7 +236,7 @@ def write_config(config: DecoderConfig, special_ids: Mapping[str, int | None], d
         "max_position_embeddings": config.max_position_embeddings,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
+        "rope_theta": float(config.rope_theta),
         "rope_scaling": dict(config.rope_scaling) if config.rope_scaling else None,
         "attention_bias": config.attention_bias,
         "attention_dropout": 0.0,

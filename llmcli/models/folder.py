@@ -14,13 +14,15 @@ import torch
 
 from llmcli.errors import DataError
 from llmcli.files.artefacts import read_json
-from llmcli.files.tensors import load_weights, save_weights
+from llmcli.files.safetensors_header import TensorEntry
+from llmcli.files.tensors import load_weights, save_weights, tensors_of
 from llmcli.models.config import DecoderConfig, read_config, write_config
 from llmcli.models.decoder import Decoder
 
 T = TypeVar("T")
 
 CONFIG = "config.json"
+_DTYPES = ("F64", "F32", "F16", "BF16")
 _IGNORED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that old checkpoints carry
 
 
@@ -38,13 +40,15 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
 
 
-def weight_problems(config: DecoderConfig, found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What is wrong with a checkpoint's tensors, a line each; `found` are their names and shapes."""
+def weight_problems(config: DecoderConfig, found: Mapping[str, TensorEntry]) -> list[str]:
+    """What is wrong with a checkpoint's tensors, a line each."""
     expected = expected_shapes(config)
     problems = [f"{name}: missing" for name in expected if name not in found]
-    for name, shape in found.items():
-        if name in expected and shape != expected[name]:
-            problems.append(f"{name}: shape {list(shape)}, the config asks for {list(expected[name])}")
+    for name, entry in found.items():
+        if name in expected and entry.shape != expected[name]:
+            problems.append(f"{name}: shape {list(entry.shape)}, the config asks for {list(expected[name])}")
+        elif name in expected and entry.dtype not in _DTYPES:
+            problems.append(f"{name}: holds {entry.dtype}; a weight is one of {', '.join(_DTYPES)}")
         elif name not in expected and not _is_ignored(config, name):
             problems.append(f"{name}: not a parameter of {config.model_type}")
     return problems
@@ -68,11 +72,11 @@ def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype | Non
     """
     place = Path(folder)
     config = load_config(place)
-    tensors = family_names(config, load_weights(place, device))
-    problems = weight_problems(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    problems = weight_problems(config, family_names(config, tensors_of(place)))
     if problems:
         more = f" (and {len(problems) - 1} more; see llmcli verify)" if len(problems) > 1 else ""
         raise DataError(f"the weights do not fit {CONFIG}: {problems[0]}{more}", where=str(place))
+    tensors = family_names(config, load_weights(place, device))
     with torch.device("meta"):
         model = Decoder(config)
     kept = {name: tensor for name, tensor in tensors.items() if not _is_ignored(config, name)}

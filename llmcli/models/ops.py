@@ -146,7 +146,8 @@ def joined(x: Tensor, *maps: nn.Linear) -> Tensor:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(QK^T / sqrt(D)) V. query (B, H, T, D); key, value (B, K, S, D); mask (B, 1, T, S) or None for causal."""
-    if mask is None and torch.is_grad_enabled() and query.device.type == "cpu" and query.size(2) <= EXPLICIT_POSITIONS:
+    whole = mask is None and query.size(2) == key.size(2) <= EXPLICIT_POSITIONS
+    if whole and torch.is_grad_enabled() and query.device.type == "cpu":
         return _explicit(query, key, value)
     grouped = query.size(1) != key.size(1)
     causal = mask is None and query.size(2) > 1

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from llmcli.config import read_toml
-from llmcli.errors import ConfigError, DataError, LlmcliError
+from llmcli.errors import ConfigError, LlmcliError
 from llmcli.files import artefacts
 from llmcli.files.manifest import MANIFEST, manifest_problems, read_manifest
-from llmcli.files.safetensors_header import TensorEntry, read_header
-from llmcli.files.tensors import weight_files
+from llmcli.files.tensors import tensors_of
 from llmcli.models.config import read_config
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
@@ -106,18 +105,6 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     state = artefacts.read_json(folder / "state.json")
     facts = {key: value for key, value in state.items() if isinstance(value, int | float | str | None)}
     return {**facts, **_model(folder), "sound": not manifest_problems(folder)}
-
-
-def tensors_of(folder: Path) -> dict[str, TensorEntry]:
-    """Every tensor of a model folder, over its shards, from the headers alone."""
-    entries: dict[str, TensorEntry] = {}
-    for path in weight_files(folder):
-        header = read_header(path)
-        twice = entries.keys() & header.keys()
-        if twice:
-            raise DataError(f"the tensor {min(twice)} is in another shard too", where=str(path))
-        entries.update(header)
-    return entries
 
 
 def _model(folder: Path) -> dict[str, Any]:

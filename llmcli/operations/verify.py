@@ -21,8 +21,7 @@ from llmcli.errors import LlmcliError
 from llmcli.files import artefacts
 from llmcli.files.manifest import manifest_problems, sha256_of
 from llmcli.files.safetensors_header import TensorEntry, read_header
-from llmcli.files.tensors import weight_files
-from llmcli.operations.inspect import tensors_of
+from llmcli.files.tensors import tensors_of, weight_files
 
 _PIECE = 1 << 22  # ids or weights looked at at once: memory stays small whatever the size
 _TOKENIZER_FILES = ("tokenizer", "vocab.json", "merges.txt", "special_tokens_map.json")
@@ -156,7 +155,7 @@ def _shape_problems(folder: Path, entries: Mapping[str, TensorEntry]) -> Iterato
     from llmcli.models.folder import family_names, load_config, weight_problems
 
     config = load_config(folder)
-    yield from weight_problems(config, family_names(config, {name: entry.shape for name, entry in entries.items()}))
+    yield from weight_problems(config, family_names(config, entries))
     settings = artefacts.read_json(folder / "config.json")
     for key in _ID_KEYS:
         for identity in _as_list(settings.get(key)):
