@@ -135,7 +135,7 @@ class PretrainConfig:
     preset: str | None = setting(
         None, "Shape by size, see the table; 4m where no shape is given.", group="Model", metavar="NAME"
     )
-    layers: int | None = setting(None, "Blocks.", group="Model", minimum=1)
+    layers: int | None = setting(None, "Blocks.", group="Model", minimum=1, maximum=1000)
     hidden_size: int | None = setting(None, "Width of the hidden states.", group="Model", minimum=2)
     heads: int | None = setting(None, "Attention heads.", group="Model", minimum=1)
     kv_heads: int | None = setting(
@@ -155,8 +155,8 @@ class PretrainConfig:
         "auto", "Held out by each document's hash, or the tail.", group="Text", choices=("auto", "hash", "tail")
     )
 
-    max_steps: int | None = setting(None, "Stop after so many steps.", group="Length", minimum=1)
-    max_tokens: int | None = setting(None, "Stop after so many tokens.", group="Length", minimum=1)
+    max_steps: int | None = setting(None, "Stop after so many steps.", group="Length", minimum=1, maximum=2**63 - 1)
+    max_tokens: int | None = setting(None, "Stop after so many tokens.", group="Length", minimum=1, maximum=2**63 - 1)
     epochs: float | None = setting(None, "Stop after so many passes over the text.", group="Length", above=0)
     max_seconds: float | None = setting(
         None, "Stop after so many seconds, validation included.", group="Length", above=0
@@ -187,7 +187,7 @@ class PretrainConfig:
     seed: int = setting(0, "Of weights and data order.", group="Training", minimum=0, maximum=2**63 - 1)
 
     eval_every: int | None = setting(
-        None, "Steps between validations (default: 20 in all).", group="Validation", minimum=1
+        None, "Steps between validations (default: 4 to 20 in all).", group="Validation", minimum=1
     )
     eval_tokens: int | None = setting(None, "Tokens of a validation (default: 65,536).", group="Validation", minimum=1)
     patience: int = setting(
@@ -249,7 +249,7 @@ class SamplingConfig:
         maximum=1,
     )
     repetition_penalty: float = setting(
-        1.0, "Above 1: tokens that occurred become less likely.", group="Sampling", above=0, maximum=100
+        1.0, "Above 1: tokens that occurred become less likely.", group="Sampling", minimum=0.01, maximum=100
     )
 
 

@@ -58,31 +58,34 @@ class Sampler:
             self._seen.add(identity)
         if top is None:
             return Choice(identity, 0.0)
-        logprobs = logits - logits.max()
-        logprobs = logprobs - np.log(np.exp(logprobs, dtype=np.float64).sum())
+        logprobs = logits.astype(np.float64) - logits.max()
+        logprobs -= np.log(np.exp(logprobs).sum())
         best = most_probable(logits, top)
         alternatives = tuple((int(item), float(logprobs[item])) for item in best)
         return Choice(identity, float(logprobs[identity]), alternatives)
 
-    def _penalised(self, logits: Vector) -> Vector:
+    def _penalised(self, logits: Vector) -> npt.NDArray[np.floating]:
         """Keskar et al. 2019 (CTRL), section 4.1: a token that occurred loses, whatever its logit's sign."""
         if not self._seen:
             return logits
         ids = np.fromiter(self._seen, np.int64, len(self._seen))
-        scores = logits.copy()
-        found, penalty = scores[ids], np.float32(self.config.repetition_penalty)
+        scores = logits.astype(np.float64)
+        found, penalty = scores[ids], self.config.repetition_penalty
         scores[ids] = np.where(found < 0, found * penalty, found / penalty)
         return scores
 
 
-def distribution(logits: Vector, config: SamplingConfig) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+def distribution(
+    logits: npt.NDArray[np.floating], config: SamplingConfig
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """The tokens that may be drawn and their probabilities; `temperature` must not be 0.
 
     top-k keeps the k most probable, top-p the fewest most probable whose sum reaches p (Holtzman et al. 2020), min-p
     those of at least p times the largest probability (Nguyen et al. 2024). One token always stays.
     """
     scores = logits.astype(np.float64)
-    scores = (scores - scores.max()) / config.temperature
+    with np.errstate(over="ignore"):  # by a temperature near 0 the others fall to minus infinity, as they should
+        scores = (scores - scores.max()) / config.temperature
     if 0 < config.top_k < len(scores):
         ids = np.sort(most_probable(scores, config.top_k))
         weights = np.exp(scores[ids])

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from llmcli.errors import LlmcliError
 from llmcli.runtime.session import Session
 
 Path = tuple[int, ...]  # the ids of a continuation
@@ -69,7 +70,8 @@ def search(
     """The `count` most probable results, best first.
 
     Probabilities are of continuations that meet what the rules require, given that they meet it. `max_tokens` is the
-    length at which a path is cut; prompt and path must fit the context but for the path's last token.
+    length at which a path is cut; prompt and path must fit the context but for the path's last token. Raises
+    LlmcliError where the logits are not numbers.
     """
     width = width or min(max(4 * count, 16), 256)
     results: dict[Hashable, Found] = {}
@@ -127,8 +129,11 @@ def search(
 
 
 def _softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    raised = np.exp(logits - logits.max(-1, keepdims=True))
+    with np.errstate(invalid="ignore"):
+        raised = np.exp(logits - logits.max(-1, keepdims=True))
     shares: npt.NDArray[np.float32] = raised / raised.sum(-1, keepdims=True)
+    if not np.isfinite(shares).all():
+        raise LlmcliError("the model's logits are not finite: its weights are broken, or its precision too low")
     return shares
 
 
