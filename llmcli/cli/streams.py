@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import signal
+import stat
 import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -91,10 +93,12 @@ def read_stdin() -> str:
 
 
 def stdin_is_piped() -> bool:
-    """Whether stdin is something to read: not a terminal, and there at all."""
+    """Whether stdin is a pipe or a file: no terminal, no /dev/null (which batch jobs get), and there at all."""
     try:
+        return not stat.S_ISCHR(os.fstat(sys.stdin.fileno()).st_mode)
+    except io.UnsupportedOperation:  # text in memory, put in stdin's place
         return not sys.stdin.isatty()
-    except (AttributeError, ValueError):
+    except (AttributeError, ValueError, OSError):
         return False
 
 
@@ -195,7 +199,9 @@ def _of_exception(error: Exception) -> LlmcliError:
         return error
     if isinstance(error, OSError):
         return from_os_error(error)
-    if isinstance(error, MemoryError):
+    # torch raises RuntimeErrors of its own for it, on the CPU and on CUDA.
+    full = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError) or full:
         return LlmcliError("out of memory; a smaller model, batch or context needs less")
     reason = str(error).splitlines()[0] if str(error) else ""
     return LlmcliError(

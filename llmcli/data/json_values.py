@@ -37,7 +37,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_pairs)
 def parse_line(line: str, name: str, number: int) -> Any:
     """The value on a line of JSON Lines. Raises DataError with file:line:column."""
     try:
-        return _DECODER.decode(line)
+        return _DECODER.decode(line.rstrip("\r\n"))  # an error at its end would be put on a line that is none
     except json.JSONDecodeError as error:
         raise DataError(f"is not valid JSON: {error.msg}", where=f"{name}:{number}:{error.colno}") from error
     except (ValueError, RecursionError) as error:

@@ -39,9 +39,9 @@ class Journal:
                 break
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
-            if keep is not None and not keep(record):
+            if not isinstance(record, dict) or (keep is not None and not keep(record)):
                 break
             length += len(line)
         return length
@@ -50,7 +50,9 @@ class Journal:
         """Appends a record; values that are None are left out."""
         kept = {key: value for key, value in record.items() if value is not None}
         try:
-            self._file.write(json.dumps(kept, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            # Half a surrogate pair has no UTF-8; its escape is JSON's too.
+            line = json.dumps(kept, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
+            self._file.write(line + b"\n")
             self._file.flush()
         except OSError as error:
             raise from_os_error(error, self.path) from error
@@ -64,7 +66,10 @@ class Journal:
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:  # what a full disk did not take is tried once more
+            raise from_os_error(error, self.path) from error
 
     def __enter__(self) -> Journal:
         return self

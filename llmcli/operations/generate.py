@@ -23,7 +23,6 @@ from llmcli.runtime.decoding import STOP, Finished, Row, Token, decode
 from llmcli.runtime.sampling import Choice, Sampler
 from llmcli.runtime.session import Session
 
-_GENERATION_CONFIG = "generation_config.json"
 _LOOK_BACK = 16  # tokens of the prompt that the decoding of text begins with
 
 
@@ -267,7 +266,9 @@ def new_seed() -> int:
 
 def _end_ids(folder: Path) -> list[int]:
     """The tokens that end a text, as the model's files name them; none: the tokenizer's own."""
-    if not (folder / _GENERATION_CONFIG).is_file():
-        return []
-    found = read_json(folder / _GENERATION_CONFIG).get("eos_token_id")
-    return [item for item in (found if isinstance(found, list) else [found]) if isinstance(item, int)]
+    for name in ("generation_config.json", "config.json"):
+        found = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        ids = [item for item in (found if isinstance(found, list) else [found]) if isinstance(item, int)]
+        if ids:
+            return ids
+    return []

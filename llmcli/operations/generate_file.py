@@ -6,10 +6,12 @@ that is complete, and ends with the bytes that an undisturbed run writes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,15 @@ from llmcli.operations.records import Progress
 
 _OF_THE_MACHINE = ("device", "threads", "batch_size")
 _RECORD = b'{"i'  # how a record of the output begins
+# What of a model folder beside its weights decides the text.
+_SAID = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,11 +76,12 @@ def generate_file(
     configs.check(config)
     configs.check(sampling)
     place = Path(output)
-    if place.is_dir():
-        raise UsageError("is a folder; name a file", where=str(place))
+    if place.exists() and not place.is_file():
+        raise UsageError("is a folder or a device; name a file", where=str(place))
     if source != "-" and place.exists() and Path(source).exists() and place.samefile(source):
         raise UsageError("is the input as well", where=str(place))
-    total = None if source == "-" else sum(1 for _ in read_rows(source))
+    once = source == "-" or Path(source).is_fifo()  # what is read cannot be read again
+    total = None if once else sum(1 for _ in read_rows(source))
     folder = resolve_model(model)
     written = _Written() if overwrite else _read_written(place)
     seed = config.seed if config.seed is not None else written.seed
@@ -81,24 +93,33 @@ def generate_file(
     tally = {"prompts": 0, "failed": sum(kept.failed), "tokens": 0}
 
     def asked() -> Iterator[Prompt]:
-        """The prompts that are still to be continued; those before must be the ones that stand in the output."""
+        """The prompts that are still to be continued, after all that stand in the output proved to be asked for."""
+        held: list[Prompt] = []
         for index, row in enumerate(read_rows(source)):
             tally["prompts"] += 1
             prompt = _prompt(row, index, field)
-            if index >= len(kept.keys):
-                pending[index] = keys.of(prompt)
-                yield prompt
-            elif kept.keys[index] != keys.of(prompt):
+            key = keys.of(prompt)
+            if index < len(written.keys) and written.keys[index] != key:
                 raise UsageError(
                     "its records are of another model, setting or input; --overwrite begins anew",
-                    where=f"{place}:{kept.lines[index]}",
+                    where=f"{place}:{written.lines[index]}",
                 )
+            if index >= len(kept.keys):
+                pending[index] = key
+                held.append(prompt)
+            if index + 1 >= len(written.keys):
+                yield from held
+                held.clear()
+        if tally["prompts"] < len(written.keys):
+            raise UsageError("holds more prompts than the input; --overwrite begins anew", where=str(place))
 
     generator = open_generator(folder, device=config.device, threads=config.threads)
-    try:
+    with contextlib.closing(generator.session), contextlib.closing(_Output(place, sum(kept.sizes))) as writing:
         yield FileStarted(seed, len(kept.keys))
-        for record, journal in _journalled(generator.generate(asked(), config, sampling), place, kept):
-            journal.write(_as_record(record, pending[record.index], seed))
+        for record in generator.generate(asked(), config, sampling):
+            if isinstance(record, Piece):
+                continue
+            writing.write(_as_record(record, pending[record.index], seed))
             if isinstance(record, Failed):
                 tally["failed"] += 1
             else:
@@ -106,34 +127,30 @@ def generate_file(
             if isinstance(record, Failed) or record.sample == config.num_samples - 1:
                 del pending[record.index]
                 yield Progress("generate", record.index + 1, total, "prompts")
-    finally:
-        generator.session.close()
-    if len(kept.keys) > tally["prompts"]:
-        raise UsageError("holds more prompts than the input; --overwrite begins anew", where=str(place))
     yield FileReport(str(place), tally["prompts"], tally["failed"], tally["tokens"], seed)
 
 
-def _journalled(
-    records: Iterable[Piece | Generated | Failed], place: Path, kept: _Written
-) -> Iterator[tuple[Generated | Failed, Journal]]:
-    """What ended, and the journal to write it to: opened, and so cut, only when what stands there proved right."""
-    journal: Journal | None = None
-    left = sum(kept.sizes)
+class _Output:
+    """The file that is written: opened, and so cut behind `kept` records, only when there is a record to write."""
 
-    def stays(_record: Mapping[str, Any]) -> bool:
-        nonlocal left
-        left -= 1
-        return left >= 0
+    def __init__(self, place: Path, kept: int) -> None:
+        self.place, self._left = place, kept
+        self._journal: Journal | None = None
 
-    try:
-        for record in records:
-            if isinstance(record, Generated | Failed):
-                journal = journal or Journal(place, keep=stays)
-                yield record, journal
-    finally:
-        if journal is not None:
-            journal.sync()
-            journal.close()
+    def _stays(self, _record: Mapping[str, Any]) -> bool:
+        self._left -= 1
+        return self._left >= 0
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends a record."""
+        self._journal = self._journal or Journal(self.place, keep=self._stays)
+        self._journal.write(record)
+
+    def close(self) -> None:
+        """Forces what was written to the disk."""
+        if self._journal is not None:
+            with self._journal:
+                self._journal.sync()
 
 
 def _prompt(row: Row, index: int, field: str) -> Prompt:
@@ -141,10 +158,13 @@ def _prompt(row: Row, index: int, field: str) -> Prompt:
     error = row.error
     text = row.content.get(field)
     if error is None and not isinstance(text, str):
-        names = ", ".join(sorted(row.content)[:8]) or "none"
+        names = ", ".join(f"{name!r:.40}" for name in sorted(row.content)[:8]) or "none"
         reason = "is not a text" if field in row.content else f"is missing; the fields are: {names}"
         error = DataError(f"the field {field!r} {reason}", where=row.where)
-    return Prompt(text if isinstance(text, str) else "", index, row.content.get("id"), error)
+    identity = row.content.get("id")
+    if not isinstance(identity, str | int | None) and not (isinstance(identity, float) and math.isfinite(identity)):
+        error, identity = error or DataError("the field 'id' is neither a text nor a number", where=row.where), None
+    return Prompt(text if isinstance(text, str) else "", index, identity, error)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -158,7 +178,8 @@ class _Keys:
         if has_manifest(folder):
             files = {name: entry["sha256"] for name, entry in read_manifest(folder)["files"].items()}
         else:
-            files = {path.name: sha256_of(path) for path in (folder / "config.json", *weight_files(folder))}
+            paths = [*(folder / name for name in _SAID if (folder / name).is_file()), *weight_files(folder)]
+            files = {path.name: sha256_of(path) for path in paths}
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _OF_THE_MACHINE}
         self._begin = json.dumps([files, settings, dataclasses.asdict(sampling)], sort_keys=True)
 
@@ -201,13 +222,18 @@ def _read_written(place: Path) -> _Written:
                 try:
                     record = json.loads(line)
                     index, key, failed = record["index"], record["key"], "error" in record
-                    found.seed = record["seed"]
+                    if [type(index), type(key), type(record["seed"])] != [int, str, int] or index < 0:
+                        raise TypeError
                 except (ValueError, KeyError, TypeError, RecursionError) as error:
-                    if isinstance(error, ValueError) and line.startswith(_RECORD) and not line.endswith(b"\n"):
+                    begun = line.startswith(_RECORD) or _RECORD.startswith(line)
+                    if isinstance(error, ValueError) and begun and not line.endswith(b"\n"):
                         break  # torn by a crash
                     raise UsageError(
                         "is not an output of this command; --overwrite replaces it", where=f"{place}:{number}"
                     ) from error
+                if not line.endswith(b"\n"):
+                    break
+                found.seed = record["seed"]
                 if index == len(found.keys):
                     found.keys.append(key)
                     found.sizes.append(0)
