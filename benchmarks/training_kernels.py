@@ -77,7 +77,7 @@ def muon(rounds: int) -> tuple[dict[str, float], dict[str, tuple[float, float]]]
 def precision(rounds: int) -> dict[str, float]:
     """Forward and backward of 4 layers, 4,096 tokens, vocabulary 2,048."""
     found: dict[str, float] = {}
-    for width in (128, 192, 256, 384):
+    for width in (32, 64, 128, 384):
         shape = DecoderConfig("qwen3", 2048, width, 4, width // 32, width // 32, 32, width * 8 // 3 // 32 * 32, 256)
         model = Decoder(shape).init_weights(torch.Generator().manual_seed(0))
         ids = torch.randint(0, 2048, (16, 257), generator=torch.Generator().manual_seed(1))

@@ -15,8 +15,8 @@ import torch
 from llmcli.data.cores import available_cores
 from llmcli.errors import UsageError
 
-# Below this width the casts of bfloat16 cost more on a CPU than its products save (docs/log.md, "Precision").
-_NARROW = 256
+# Below this width the casts of bfloat16 cost on a CPU what its products save (docs/log.md, "Precision").
+_NARROW = 64
 
 
 @dataclasses.dataclass(frozen=True)
