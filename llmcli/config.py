@@ -157,22 +157,32 @@ class PretrainConfig:
 
     max_steps: int | None = setting(None, "Stop after so many steps.", group="Length", minimum=1, maximum=2**63 - 1)
     max_tokens: int | None = setting(None, "Stop after so many tokens.", group="Length", minimum=1, maximum=2**63 - 1)
-    epochs: float | None = setting(None, "Stop after so many passes over the text.", group="Length", above=0)
+    epochs: float | None = setting(
+        None, "Stop after so many passes over the text.", group="Length", above=0, maximum=1e9
+    )
     max_seconds: float | None = setting(
         None, "Stop after so many seconds, validation included.", group="Length", above=0
     )
 
-    batch_size: int | None = setting(None, "Rows of a step (default: the preset's).", group="Training", minimum=1)
+    batch_size: int | None = setting(
+        None, "Rows of a step (default: the preset's).", group="Training", minimum=1, maximum=1 << 20
+    )
     grad_accumulation: int = setting(1, "Pieces that a step's rows are worked off in.", group="Training", minimum=1)
     optimizer: str = setting("muon", "For the matrices of the blocks.", group="Training", choices=("muon", "adamw"))
     learning_rate: float | None = setting(
-        None, "Peak, for the blocks (default: 0.02 muon, 0.002 adamw).", group="Training", aliases=("--lr",), above=0
+        None,
+        "Peak, for the blocks (default: 0.02 muon, 0.002 adamw).",
+        group="Training",
+        aliases=("--lr",),
+        above=0,
+        maximum=1e30,
     )
     embedding_learning_rate: float | None = setting(
         None,
         "Peak, for embedding, head and norms (default: 0.008 muon, as the blocks adamw).",
         group="Training",
         above=0,
+        maximum=1e30,
     )
     warmup_steps: int | None = setting(
         None, "Steps of rising rate (default: 2 %, 10 to 500).", group="Training", minimum=0
@@ -201,7 +211,7 @@ class PretrainConfig:
 
     device: str = setting("auto", "Where to train.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
     threads: int | None = setting(
-        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1
+        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024
     )
     precision: str = setting(
         "auto",
@@ -286,7 +296,7 @@ class GenerateConfig:
     batch_size: int = setting(8, "Rows at once.", group="Machine", minimum=1, maximum=4096)
     device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
     threads: int | None = setting(
-        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1
+        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024
     )
 
 
@@ -306,7 +316,7 @@ class CompleteConfig:
     truncate: bool = setting(False, "Keep the end of a prefix that is longer than the context.", group="Completion")
     device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
     threads: int | None = setting(
-        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1
+        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024
     )
 
 
@@ -332,5 +342,5 @@ class EvaluateConfig:
     seed: int = setting(0, "Of the intervals, which are bootstrapped.", group="Measurement", minimum=0)
     device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
     threads: int | None = setting(
-        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1
+        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024
     )

@@ -85,7 +85,8 @@ class MissingExtraError(LlmcliError):
 def from_os_error(error: OSError, path: object = None) -> LlmcliError:
     """Turns an operating system's error into one line; what the user can mend is told."""
     where = str(path if path is not None else error.filename or "") or None
-    match error.errno:
+    # safetensors raises a FileNotFoundError that has no number.
+    match errno.ENOENT if isinstance(error, FileNotFoundError) else error.errno:
         case errno.ENOENT:
             return DataError("no such file or folder", where=where)
         case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:

@@ -76,12 +76,15 @@ def _check_value(name: str, value: Any, kind: type, details: Setting) -> None:
     if kind in (int, float):
         if value != value:
             raise ConfigError("must be a number, is NaN", where=name)
+        if value in (float("inf"), float("-inf")):
+            raise ConfigError("must be finite", where=name)
+        found = f"is {value}" if isinstance(value, int) else f"is {value:g}"  # a whole number may be beyond any float
         if details.above is not None and value <= details.above:
-            raise ConfigError(f"must be greater than {details.above:g}, is {value:g}", where=name)
+            raise ConfigError(f"must be greater than {details.above:g}, {found}", where=name)
         if details.minimum is not None and value < details.minimum:
-            raise ConfigError(f"must be at least {details.minimum:g}, is {value:g}", where=name)
+            raise ConfigError(f"must be at least {details.minimum:g}, {found}", where=name)
         if details.maximum is not None and value > details.maximum:
-            raise ConfigError(f"must be at most {details.maximum:g}, is {value:g}", where=name)
+            raise ConfigError(f"must be at most {details.maximum:g}, {found}", where=name)
 
 
 def _type_name(kind: type) -> str:

@@ -1,6 +1,7 @@
 """What is seen while work goes on: bars and a live panel on a terminal, plain lines elsewhere. All on stderr.
 
-Invariant: nothing moves where stderr is not a terminal, or TERM=dumb, or CI is set; there it is one line an interval.
+Invariant: nothing moves where stderr is not a terminal, or TERM=dumb, or CI or NO_COLOR is set; there it is one line an
+interval.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from llmcli.cli.chart import sparkline
-from llmcli.cli.info import size
+from llmcli.cli.info import counted, size
 from llmcli.cli.options import is_json, is_quiet
-from llmcli.cli.streams import notice, printable
+from llmcli.cli.streams import notice
 
 if TYPE_CHECKING:
     from llmcli.operations.pretrain import Started
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
     from llmcli.training.loop import TrainingEvent
 
 _INTERVAL = 5.0  # seconds between plain lines
-_CURVE = 400  # losses that the small curve is drawn from
+_CURVE = 400  # losses that the small curve is drawn from, at most; even
 
 
 def is_live() -> bool:
     """Whether stderr is a terminal that can be drawn on."""
-    dumb = os.environ.get("TERM", "") in ("dumb", "unknown") or bool(os.environ.get("CI"))
+    plain = any(os.environ.get(name) for name in ("CI", "NO_COLOR"))
+    dumb = plain or os.environ.get("TERM", "") in ("dumb", "unknown")
     return sys.stderr.isatty() and not dumb and not is_quiet() and not is_json()
 
 
@@ -68,7 +70,7 @@ def progress(title: str) -> Iterator[Callable[[Progress], None]]:
 
     bar = BarColumn(bar_width=30) if is_utf8() else TextColumn("{task.percentage:>3.0f}%")
     columns = (TextColumn("{task.description}"), bar, TextColumn("{task.fields[amount]}"), TimeRemainingColumn())
-    with Bars(*columns, console=_console(), transient=True) as bars:
+    with Bars(*columns, console=_console(), transient=True, redirect_stdout=False) as bars:
         tasks: dict[str, Any] = {}
 
         def show(record: Progress) -> None:
@@ -105,7 +107,7 @@ def plan_lines(started: Started) -> list[str]:
         f"model      {shape.model_type}, {plan.parameters / 1e6:.2f} M parameters "
         f"({plan.embedding_parameters / 1e6:.2f} M embedding), {shape.num_hidden_layers} layers, "
         f"width {shape.hidden_size}, context {shape.max_position_embeddings}",
-        f"machine    {machine.device}, {machine.threads} threads, {machine.precision}{compiled}",
+        f"machine    {machine.device}, {counted(machine.threads, 'thread')}, {machine.precision}{compiled}",
         f"length     {'; '.join(part for part in (length, bound) if part)}; {plan.tokens_per_step:,} tokens a step",
         f"memory     {size(plan.memory_bytes)}: weights {size(plan.weight_bytes)}, "
         f"gradients {size(plan.gradient_bytes)}, optimizer {size(plan.optimizer_bytes)}, "
@@ -116,15 +118,18 @@ def plan_lines(started: Started) -> list[str]:
 
 
 @contextlib.contextmanager
-def training() -> Iterator[Callable[[TrainingEvent], None]]:
-    """Shows training: a live panel on a terminal, else a line an interval and one a validation."""
+def training(stopping: Callable[[], bool] = lambda: False) -> Iterator[Callable[[TrainingEvent], None]]:
+    """Shows training: a live panel on a terminal, else a line an interval and one a validation.
+
+    `stopping`: whether the end was asked for, which the panel says at once.
+    """
     if not is_live():
         yield _plain_training()
         return
     from rich.live import Live
 
-    panel = _Panel()
-    with Live(panel, console=_console(), refresh_per_second=4, transient=True) as live:
+    panel = _Panel(stopping)
+    with Live(panel, console=_console(), refresh_per_second=4, transient=True, redirect_stdout=False) as live:
 
         def show(event: TrainingEvent) -> None:
             panel.take(event)
@@ -168,60 +173,75 @@ def _plain_training() -> Callable[[TrainingEvent], None]:
 class _Panel:
     """The live panel: figures and a small curve, from the events so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, stopping: Callable[[], bool]) -> None:
+        self.stopping = stopping
+        self.utf8 = is_utf8()  # asked before the display puts something of its own in stderr's place
         self.step: TrainingEvent | None = None
         self.validation: TrainingEvent | None = None
-        self.losses: list[float] = []
+        self.losses: list[float] = []  # means of `every` steps each, so that the whole run stays in view
+        self.every = 1
+        self.pending: list[float] = []
         self.speeds: list[float] = []
 
     def take(self, event: TrainingEvent) -> None:
         """Remembers what the panel shows."""
-        if event.event == "step":
+        if event.event == "validation":
+            self.validation = event
+        elif event.event == "step":
             self.step = event
             self.speeds = [*self.speeds[-49:], event.tokens_per_second or 0.0]
-            self.losses.append(event.loss or 0.0)
-            if len(self.losses) > 2 * _CURVE:  # halved, so that the whole run stays in view
-                self.losses = [(a + b) / 2 for a, b in zip(self.losses[::2], self.losses[1::2], strict=False)]
-        elif event.event == "validation":
-            self.validation = event
+            self.pending.append(event.loss or 0.0)
+            if len(self.pending) == self.every:
+                self.losses = [*self.losses, sum(self.pending) / self.every]
+                self.pending = []
+            if len(self.losses) == _CURVE:
+                self.losses = [(a + b) / 2 for a, b in zip(self.losses[::2], self.losses[1::2], strict=True)]
+                self.every *= 2
 
-    def __rich__(self) -> Any:
+    def __rich_console__(self, _console: Any, options: Any) -> Iterator[Any]:
+        yield self._drawn(min(options.max_width, 80))
+
+    def _drawn(self, width: int) -> Any:
         from rich import box
+        from rich.console import Group
         from rich.panel import Panel
         from rich.table import Table
         from rich.text import Text
 
+        pairs = self._pairs()
+        beside = 2 if width >= 80 else 1
         table = Table.grid(padding=(0, 2))
-        event = self.step
+        for _ in range(2 * beside):
+            table.add_column(no_wrap=True, overflow="crop")
+        for first in range(0, len(pairs), beside):
+            table.add_row(*(Text(word) for pair in pairs[first : first + beside] for word in pair))
+        curve = sparkline(self.losses, min(60, width - 4), utf8=self.utf8)
+        body = Group(table, Text("curve"), Text(curve)) if pairs else Text("preparing the first step")
+        title = "saving the work; Ctrl-C once more stops at once" if self.stopping() else "pretraining"
+        return Panel(body, title=title, box=box.ROUNDED if self.utf8 else box.ASCII, width=width)
+
+    def _pairs(self) -> list[tuple[str, str]]:
+        """What the panel says, each with its name; nothing before the first step."""
+        event, held = self.step, self.validation
         if event is None:
-            return Panel(Text("preparing the first step"), title="pretraining", box=self._box(box), width=76)
+            return []
         share = event.progress
         left = event.elapsed_seconds * (1 - share) / share if share > 0 else 0.0
         total = f" of {event.total_steps:,}" if event.total_steps else ""
-        held = self.validation
-        speed = sorted(self.speeds)[len(self.speeds) // 2]
-        table.add_row("step", f"{event.step:,}{total}", "progress", self._bar(share))
-        table.add_row("loss", f"{event.loss:.4f} nats/token", "speed", f"{speed:,.0f} tokens/s")
-        bits = f"{held.bits_per_byte:.4f} bits/byte" if held else "none yet"
-        table.add_row("validation", bits, "learning rate", f"{event.learning_rate:.2e}")
-        table.add_row(
-            "memory", self._memory(), "time left", f"{duration(left)} ({duration(event.elapsed_seconds)} gone)"
-        )
-        curve = sparkline(self.losses[-_CURVE:], 60, utf8=is_utf8())
-        table.add_row("curve", "", "", "")
-        body = Table.grid()
-        body.add_row(table)
-        body.add_row(Text(printable(curve)))
-        return Panel(body, title="pretraining", box=self._box(box), width=80)
+        return [
+            ("step", f"{event.step:,}{total}"),
+            ("progress", self._bar(share)),
+            ("loss", f"{event.loss:.4f} nats/token"),
+            ("speed", f"{sorted(self.speeds)[len(self.speeds) // 2]:,.0f} tokens/s"),
+            ("validation", f"{held.bits_per_byte:.4f} bits/byte" if held else "none yet"),
+            ("learning rate", f"{event.learning_rate:.2e}"),
+            ("memory", self._memory()),
+            ("time left", f"{duration(left)} ({duration(event.elapsed_seconds)} gone)"),
+        ]
 
-    @staticmethod
-    def _box(box: Any) -> Any:
-        return box.ROUNDED if is_utf8() else box.ASCII
-
-    @staticmethod
-    def _bar(share: float) -> str:
+    def _bar(self, share: float) -> str:
         full = round(share * 16)
-        filled, empty = ("█", "░") if is_utf8() else ("#", ".")
+        filled, empty = ("█", "░") if self.utf8 else ("#", ".")
         return f"{filled * full}{empty * (16 - full)} {share:4.0%}"
 
     @staticmethod

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import signal
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
-from llmcli.cli.options import GroupedCommand, SectionOption, is_json, overwrite_option, settings, shared_options
+from llmcli.cli.display import is_live, plan_lines, progress, training
+from llmcli.cli.info import counted
+from llmcli.cli.options import (
+    GroupedCommand,
+    SectionOption,
+    is_json,
+    is_quiet,
+    overwrite_option,
+    settings,
+    shared_options,
+)
 from llmcli.cli.streams import notice, write_json, write_out
 from llmcli.config import PretrainConfig, TextConfig
 from llmcli.errors import StoppedError
@@ -18,6 +30,9 @@ from llmcli.models.presets import preset_table
 
 if TYPE_CHECKING:
     from llmcli.training.loop import TrainingEvent
+
+
+_REASONS = {"steps": "all steps are done", "seconds": "the time is up", "patience": "validation got no better"}
 
 
 class _PretrainCommand(GroupedCommand):
@@ -30,19 +45,41 @@ class _PretrainCommand(GroupedCommand):
 
 
 class Signals:
-    """Remembers the first SIGINT or SIGTERM, so that the work can be saved; the second SIGINT ends at once."""
+    """Remembers the first SIGINT or SIGTERM, so that the work can be saved; a SIGINT after it ends at once.
+
+    That nobody reads what is shown any more counts the same: the work is saved, then it ends quietly.
+    """
 
     def __init__(self) -> None:
         self.number = 0
+        self.unread = False
+        self._silent = is_quiet() or is_json() or is_live()  # the live panel says it itself
 
     def __call__(self) -> bool:
-        return self.number != 0
+        return self.number != 0 or self.unread
 
     def _take(self, number: int, _frame: Any) -> None:
-        if self.number and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self.number:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.number = number
-        notice("stopping: saving the work; press Ctrl-C once more to stop at once")
+        if not self._silent:  # past sys.stderr, which may be in the middle of a write that this interrupts
+            with contextlib.suppress(OSError):
+                os.write(2, b"stopping: saving the work; press Ctrl-C once more to stop at once\n")
+
+    def shown(self, show: Callable[..., None], *what: Any) -> None:
+        """Shows something, and takes it as a signal when its reader is gone."""
+        try:
+            show(*what)
+        except BrokenPipeError:
+            self.unread = True
+
+    def stop(self, message: str) -> NoReturn:
+        """Raises what ends the command once the work is saved."""
+        if not self.number:
+            raise BrokenPipeError
+        raise StoppedError(message, signal_number=self.number)
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[Signals]:
@@ -90,7 +127,6 @@ def pretrain(
     Example:
       llmcli pretrain notes.txt -o runs/first --preset 1m --max-steps 200
     """
-    from llmcli.cli.display import plan_lines
     from llmcli.operations.pretrain import plan_pretraining
 
     if dry_run:
@@ -100,10 +136,12 @@ def pretrain(
         else:
             write_out("\n".join(plan_lines(planned)) + "\n")
         return
-    last = run_and_show(data, run, pretrain_config, text_config, resume=resume, overwrite=overwrite)
+    context = click.get_current_context()
+    given = [name for name in context.params if context.get_parameter_source(name) != ParameterSource.DEFAULT]
+    last = run_and_show(data, run, pretrain_config, text_config, resume=resume, overwrite=overwrite, given=given)
     if not is_json():
-        write_out(f"{run}/model\n")
-    notice(f"{last.step:,} steps, {last.tokens:,} tokens; the end: {last.reason}")
+        write_out(os.path.join(run, "model") + "\n")
+    notice(f"{counted(last.step, 'step')}, {last.tokens:,} tokens; {_REASONS.get(last.reason or '', last.reason)}")
 
 
 def run_and_show(
@@ -114,36 +152,37 @@ def run_and_show(
     *,
     resume: str | None = None,
     overwrite: bool = False,
+    given: Collection[str] | None = None,
 ) -> TrainingEvent:
     """Pretrains and shows it; returns the last event. Raises StoppedError when a signal ended it, the work saved."""
-    from llmcli.cli.display import plan_lines, progress, training
     from llmcli.operations.pretrain import Started
     from llmcli.operations.pretrain import pretrain as operation
     from llmcli.operations.records import Progress
     from llmcli.training.loop import TrainingEvent
 
     last: TrainingEvent | None = None
-    with Signals().caught() as signals, contextlib.ExitStack() as stack:
+    signals = Signals()
+    work = operation(data, run, config, text, resume=resume, overwrite=overwrite, given=given, stopping=signals)
+    with signals.caught(), contextlib.closing(work), contextlib.ExitStack() as stack:
         show_progress = stack.enter_context(progress("preparing"))
         show: Any = None
-        for record in operation(data, run, config, text, resume=resume, overwrite=overwrite, stopping=signals):
+        for record in work:
             if isinstance(record, Progress):
                 if signals():
-                    raise StoppedError("stopped before the first step", signal_number=signals.number)
-                show_progress(record)
+                    signals.stop("stopped before the first step")
+                signals.shown(show_progress, record)
             elif isinstance(record, Started):
                 stack.close()
-                for line in (*record.notices, *plan_lines(record)):
-                    notice(line)
-                if record.resumed_from is not None:
-                    notice(f"resumed   from step {record.resumed_from:,}")
-                show = stack.enter_context(training())
+                resumed = [] if record.resumed_from is None else [f"resumed    from step {record.resumed_from:,}"]
+                for line in (*record.notices, *plan_lines(record), *resumed):
+                    signals.shown(notice, line)
+                show = stack.enter_context(training(signals))
             elif isinstance(record, TrainingEvent):
                 last = record
                 if is_json():
-                    write_json(record)
-                show(record)
+                    signals.shown(write_json, record)
+                signals.shown(show, record)
     assert last is not None
     if last.reason == "stopped":
-        raise StoppedError(f"stopped at step {last.step:,}; saved, go on with --resume", signal_number=signals.number)
+        signals.stop(f"stopped at step {last.step:,}; saved, go on with --resume")
     return last

@@ -13,14 +13,15 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcli.errors import LlmcliError, UsageError, from_os_error
+from llmcli.errors import DataError, LlmcliError, UsageError, from_os_error
 
 TEMPORARY = ".tmp-"  # part of the name of everything that is not finished
 OLD = "old-"  # marks what was moved aside
+_PROCESS = os.urandom(4).hex()  # in a container every process may have the same number: this tells them apart
 
 # Tests put a function here that raises or kills at the Nth call: (operation, path). For "write" it may return how many
 # bytes the system shall take of what is left, which is a short write.
@@ -48,7 +49,7 @@ def _rename(source: Path, target: Path) -> None:
 
 def _sibling(path: Path, mark: str = "") -> Path:
     """A name beside `path` that nobody can foresee, so that the rename never crosses a file system."""
-    return path.with_name(f"{_stem(path.name)}{TEMPORARY}{os.getpid()}-{mark}{os.urandom(8).hex()}")
+    return path.with_name(f"{_stem(path.name)}{TEMPORARY}{os.getpid()}-{mark}{_PROCESS}{os.urandom(8).hex()}")
 
 
 def _stem(name: str) -> str:
@@ -71,7 +72,10 @@ def write_file(path: str | os.PathLike[str], data: bytes | str) -> None:
     old file is then untouched.
     """
     target = Path(path)
-    content = data.encode("utf-8") if isinstance(data, str) else data
+    try:
+        content = data.encode("utf-8") if isinstance(data, str) else data
+    except UnicodeEncodeError as error:  # a file's name that is to be written down
+        raise DataError("cannot hold a name that is not UTF-8; rename that file", where=str(target)) from error
     temporary: Path | None = None
     created: list[Path] = []
     try:
@@ -241,6 +245,52 @@ def _delete(path: Path) -> None:
             path.unlink()
 
 
+def remove_folder(path: Path) -> None:
+    """Removes a folder that nobody needs. Its name goes first, so that no kill leaves half of it under that name."""
+    aside = _sibling(path)
+    with contextlib.suppress(OSError):
+        os.replace(path, aside)
+        _delete(aside)
+
+
+@contextlib.contextmanager
+def moved_aside(folder: Path, names: Sequence[str]) -> Iterator[Callable[[], None]]:
+    """Moves `names` of `folder` out of the way. When the body fails, what it made of them goes and the old come back.
+
+    Yields a function; once the body has called it, the old ones are deleted and what was made stays, come what may.
+    """
+    old = _sibling(folder / "replaced")
+    present = [name for name in names if os.path.lexists(folder / name)]
+    over = False
+
+    def keep() -> None:
+        nonlocal over
+        over = True
+        _delete(old)
+
+    try:
+        try:
+            if present:
+                old.mkdir()
+            for name in present:
+                _rename(folder / name, old / name)
+        except OSError as error:
+            raise from_os_error(error, folder) from error
+        yield keep
+    except BaseException:
+        if not over:
+            for name in names:
+                if name not in present or os.path.lexists(old / name):
+                    _delete(folder / name)
+            for name in present:
+                with contextlib.suppress(OSError):
+                    os.replace(old / name, folder / name)
+            with contextlib.suppress(OSError):
+                old.rmdir()
+        raise
+    keep()
+
+
 def remove_debris(folder: Path, name: str = "") -> None:
     """Removes what a killed process of ours left in `folder` for the output `name` (any, when empty).
 
@@ -255,7 +305,7 @@ def remove_debris(folder: Path, name: str = "") -> None:
         owner, _, mark = rest.partition("-")
         if not found or stem[:1] != "." or (name and stem != _stem(name)):
             continue
-        if not owner.isdigit() or _is_running(int(owner)):
+        if not owner.isdigit() or _is_owned(int(owner), mark):
             continue
         target = folder / (name or stem[1:])
         if mark.startswith(OLD):
@@ -265,7 +315,10 @@ def remove_debris(folder: Path, name: str = "") -> None:
             _delete(entry)
 
 
-def _is_running(process: int) -> bool:
+def _is_owned(process: int, mark: str) -> bool:
+    """Whether the process that made a temporary name is still running."""
+    if process == os.getpid():
+        return mark.removeprefix(OLD).startswith(_PROCESS)
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -6,13 +6,12 @@ Invariant: the latest checkpoint is the newest folder that verifies, never the g
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from llmcli.files.artefacts import CHECKPOINTS, checkpoints_of
-from llmcli.files.atomic import remove_debris, staged_folder
+from llmcli.files.atomic import remove_debris, remove_folder, staged_folder
 from llmcli.files.manifest import manifest_problems, write_manifest
 
 STATE = "state.json"
@@ -49,4 +48,4 @@ def keep_newest(run: Path, limit: int) -> None:
     """Removes the oldest checkpoints beyond `limit` (0: keeps all). The newest was just written and verified."""
     if limit > 0:
         for place in checkpoints_of(run)[:-limit]:
-            shutil.rmtree(place, ignore_errors=True)
+            remove_folder(place)

@@ -89,7 +89,8 @@ def _run(folder: Path) -> dict[str, Any]:
     if checked:
         best = min(checked, key=lambda record: _bits(record) or 0.0)
         facts["best"] = {key: best.get(key) for key in ("step", "loss", "bits_per_byte")}
-    facts["finished"] = any(record.get("event") == "end" for record in records)
+    last = records[-1] if records else {}
+    facts["finished"] = last.get("event") == "end" and last.get("reason") not in ("stopped", "not-finite")
     facts["checkpoints"] = [path.name for path in artefacts.checkpoints_of(folder)]
     result = folder / artefacts.RESULT
     facts["model"] = _model(result) if artefacts.is_model(result) else None

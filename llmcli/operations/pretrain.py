@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,8 @@ from llmcli.data.corpus import Corpus, open_corpus
 from llmcli.data.formats import find_inputs
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
 from llmcli.errors import DataError, LlmcliError, UsageError
-from llmcli.files.artefacts import CHECKPOINTS, METRICS, RESULT, RUN_CONFIG, is_model
-from llmcli.files.atomic import locked, refuse_existing
-from llmcli.files.checkpoints import keep_newest
+from llmcli.files.artefacts import METRICS, RESULT, RUN_CONFIG, is_model
+from llmcli.files.checkpoints import keep_newest, latest_checkpoint
 from llmcli.files.journal import Journal
 from llmcli.files.manifest import manifest_problems, versions
 from llmcli.models.config import DecoderConfig
@@ -70,14 +69,17 @@ def pretrain(
     *,
     resume: str | None = None,
     overwrite: bool = False,
+    given: Collection[str] | None = None,
     stopping: Callable[[], bool] = lambda: False,
-) -> Iterator[Progress | Started | TrainingEvent]:
+) -> Generator[Progress | Started | TrainingEvent, None, None]:
     """Pretrains a model in the folder `run`.
 
     `data`: a corpus folder, or text files (a tokenizer and a corpus are then made inside the run). `resume`: "auto"
-    goes on from the newest sound checkpoint and begins anew where there is none; a path names one. Yields Progress
-    while the text is prepared, then Started, then TrainingEvents. `stopping` is asked at every step; when it says yes
-    the work is saved and the last record is an "end" with the reason "stopped".
+    goes on from the newest sound checkpoint and begins anew where there is none; a path names one. The stored settings
+    are then kept; `given` names those that were set on purpose (None: those that are not the default), and what may not
+    change must be equal. Yields Progress while the text is prepared, then Started, then TrainingEvents. `stopping` is
+    asked at every step; when it says yes the work is saved and the last record is an "end" with the reason "stopped".
+    A run that fails before Started leaves what stood at its place as it was.
 
     Raises DataError, ConfigError and UsageError before the first step; NotFiniteError when the loss is not finite.
     """
@@ -85,26 +87,26 @@ def pretrain(
     configs.check(text)
     inputs = [str(data)] if isinstance(data, str | os.PathLike) else [str(item) for item in data]
     place = Path(run)
-    fresh = not place.exists()
-    if resume is None:
-        refuse_existing(place, overwrite=overwrite)
-    if not _is_corpus(inputs):
-        find_inputs(inputs)  # what is not there is said before anything is touched
-    try:
-        if resume is not None and (place / RUN_CONFIG).is_file():
-            stored_data, stored, text = run_folder.read_settings(place)
-            if stored_data != "\n".join(inputs):
-                raise UsageError(f"the run was begun on {stored_data}, not on {' '.join(inputs)}", where=str(place))
-            config = run_folder.merged_settings(stored, config)
-        with locked(place, "run"):
-            if resume is None:
-                run_folder.clear_contents(place)
-            yield from _in_folder(inputs, place, config, text, resume, stopping)
-    except BaseException:
-        # A run that never came to a checkpoint and whose folder is ours leaves nothing behind.
-        if fresh and not (place / CHECKPOINTS).is_dir():
-            run_folder.clear_run(place)
-        raise
+    again = resume is not None
+    run_folder.refuse_taken(place, resume=again, overwrite=overwrite)
+    if not (again and (place / "corpus").is_dir()):
+        _refuse_own(inputs, config, place)  # what is wrong with DATA is said before anything is touched
+    begin: Callable[[], None] | None = None
+    with run_folder.claimed(place, resume=again, overwrite=overwrite), contextlib.ExitStack() as stack:
+        if again and (place / RUN_CONFIG).is_file():
+            data_then, stored, text_then = run_folder.read_settings(place)
+            if [os.path.normpath(item) for item in data_then] != [os.path.normpath(item) for item in inputs]:
+                raise UsageError(f"was begun on {' '.join(data_then)}, not on {' '.join(inputs)}", where=str(place))
+            config = run_folder.merged_settings(stored, config, given)
+            text = run_folder.merged_settings(text_then, text, given)
+        else:
+            begin = stack.enter_context(run_folder.begun(place))
+            run_folder.write_settings(place, inputs, config, text)
+        records = _in_folder(inputs, place, config, text, resume, stopping)
+        for record in stack.enter_context(contextlib.closing(records)):
+            if isinstance(record, Started) and begin is not None:
+                begin()
+            yield record
 
 
 def plan_pretraining(
@@ -131,6 +133,18 @@ def plan_pretraining(
 # The run
 
 
+def _refuse_own(inputs: Sequence[str], config: PretrainConfig, place: Path) -> None:
+    """Raises UsageError for texts, a corpus or a tokenizer in the run's own folder, DataError for what is not there."""
+    if _is_corpus(inputs):
+        read = list(inputs)
+    else:
+        sources = find_inputs(inputs)
+        if config.tokenizer is None and any(source.size is None for source in sources):
+            raise UsageError("a pipe is read once, a tokenizer and a corpus need two: give a file or a --tokenizer")
+        read = [source.path for source in sources if source.path is not None]
+    run_folder.refuse_own(place, [*read, *filter(None, [config.tokenizer])])
+
+
 def _is_corpus(inputs: Sequence[str]) -> bool:
     return len(inputs) == 1 and (Path(inputs[0]) / "corpus.json").is_file()
 
@@ -149,10 +163,13 @@ def _corpus(
                     f"{config.tokenizer} ({wanted[:12]})",
                     where=inputs[0],
                 )
+        if config.vocab_size not in (None, corpus.vocab_size):
+            raise UsageError(f"the corpus has a vocabulary of {corpus.vocab_size}", where="vocab_size")
         yield corpus
         return
     made = place / "corpus"
     if not (made / "corpus.json").is_file() or manifest_problems(made):
+        _refuse_own(inputs, config, place)  # once more: a folder of texts that the run lies in holds its files by now
         tokenizer = config.tokenizer
         if tokenizer is None:
             tokenizer = str(place / "tokenizer")
@@ -175,8 +192,7 @@ def _in_folder(
     text: TextConfig,
     resume: str | None,
     stopping: Callable[[], bool],
-) -> Iterator[Progress | Started | TrainingEvent]:
-    run_folder.write_settings(place, "\n".join(inputs), config, text)
+) -> Generator[Progress | Started | TrainingEvent, None, None]:
     corpus: Corpus | None = None
     for record in _corpus(inputs, place, config, text):
         if isinstance(record, Corpus):
@@ -188,9 +204,12 @@ def _in_folder(
     config, machine = settled.config, settled.machine
     prepare_machine(machine)
     tokenizer = load_tokenizer(corpus.tokenizer_path)
+    if tokenizer.hash != corpus.tokenizer_hash:
+        raise DataError("holds another tokenizer than the one that made it", where=str(corpus.path))
     lineage = {"corpus": corpus.hash, "tokenizer": tokenizer.hash, "parent": None, "seed": config.seed, **versions()}
     folder = run_folder.RunFolder(place, tokenizer, lineage)
 
+    run_folder.check_space(place, 2 * settled.plan.checkpoint_bytes)
     device = torch.device(machine.device)
     model = Decoder(settled.shape).init_weights(torch.Generator().manual_seed(config.seed)).to(device)
     model.compute_dtype = machine.dtype
@@ -200,23 +219,24 @@ def _in_folder(
         context=settled.shape.max_position_embeddings,
         batch_size=settled.config.batch_size // config.grad_accumulation,  # type: ignore[operator]
         seed=config.seed,
+        vocab_size=corpus.vocab_size,
     )
-    run_folder.check_space(place, 2 * settled.plan.checkpoint_bytes)
 
     state, checkpoint, notices = TrainingState(), None, list[str]()
     if resume is not None:
         checkpoint, damaged = run_folder.find_checkpoint(place, resume)
         notices += [f"passed over: {line}" for line in damaged]
         if checkpoint is not None:
+            run_folder.refuse_other_corpus(checkpoint, corpus.hash)
             state = run_folder.restore(checkpoint, model, optimizer)
             run_folder.forget_beyond(place, state.step)
-    run_folder.write_settings(place, "\n".join(inputs), config, text)
+    run_folder.write_settings(place, inputs, config, text)
     resumed = state.step if checkpoint is not None else None
     yield Started(str(place), settled.plan, machine, settled.shape, config, resumed, tuple(notices))
 
     loop = _loop(model, optimizer, config, settled, state, windows, corpus, tokenizer, stopping)
     facts = dataclasses.asdict(machine)
-    with Journal(place / METRICS, keep=lambda record: record.get("step", 0) <= state.step) as metrics:
+    with Journal(place / METRICS, keep=lambda record: run_folder.is_kept(record, state)) as metrics:
         try:
             for event in loop.run():
                 metrics.write(dataclasses.asdict(event))
@@ -226,15 +246,16 @@ def _in_folder(
                     metrics.sync()
                     folder.save(model, optimizer, state, facts)
                     keep_newest(place, config.save_total_limit)
-                elif event.event == "end" and (not corpus.val_tokens or not is_model(place / RESULT)):
+                elif event.event == "end" and state.step and (not corpus.val_tokens or not is_model(place / RESULT)):
                     folder.save_result(model, state)  # nothing to choose by: the last is the result
                 yield event
         except NotFiniteError as error:
+            metrics.write(dataclasses.asdict(loop.ended(error.kind)))
             raise _with_last_good(error, place) from error
 
 
 def _with_last_good(error: NotFiniteError, place: Path) -> LlmcliError:
-    last, _ = run_folder.find_checkpoint(place, "auto")
+    last, _ = latest_checkpoint(place)
     kept = f"the last good checkpoint is {last}" if last else "there was no checkpoint yet"
     raised = LlmcliError(f"{error.message}; {kept}", where=str(place))
     raised.kind = error.kind
@@ -302,7 +323,13 @@ def _validation(
     def validate() -> tuple[float, float] | None:
         nats, tokens, size = 0.0, 0, 0
         batch = max(1, 16_384 // context)
-        windows = validation_windows(shards, context=context, batch_size=batch, tokens=config.eval_tokens or 65_536)
+        windows = validation_windows(
+            shards,
+            context=context,
+            batch_size=batch,
+            tokens=config.eval_tokens or 65_536,
+            vocab_size=corpus.vocab_size,
+        )
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             for inputs, targets in windows if shards else ():

@@ -22,7 +22,9 @@ from llmcli.training.plan import Plan, compile_pays, make_plan
 
 _TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al., arXiv:2203.15556) ...
 _EPOCHS = 10.0  # ... where there is text enough; repeating it more often gives little
-_VALIDATIONS = 20
+_VALIDATIONS = 20  # in a run ...
+_VALIDATED = 0.3  # ... that is long enough: tokens looked at for each token trained on, at most (a tenth of the time)
+_EVAL_TOKENS = 65_536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +53,10 @@ def _shape(config: PretrainConfig, vocabulary: int) -> DecoderConfig:
     default_kv = preset.kv_heads if config.heads is None and heads == preset.heads else heads
     if size % heads:
         raise ConfigError(f"{heads} heads do not divide a width of {size}", where="heads")
-    default_ffn = preset.ffn_size if size == preset.hidden_size else -(-size * 8 // 3 // 32) * 32
     gpt2 = config.family == "gpt2"
+    if gpt2 and config.kv_heads not in (None, heads):
+        raise ConfigError(f"gpt2 has a key/value head for each of its {heads} heads", where="kv_heads")
+    default_ffn = preset.ffn_size if size == preset.hidden_size else -(-size * 8 // 3 // 32) * 32
     return DecoderConfig(
         model_type=config.family,
         vocab_size=vocabulary,
@@ -100,7 +104,7 @@ def settle(config: PretrainConfig, vocabulary: int, tokens: int) -> Settled:
     compiles = config.compile == "on" or (config.compile == "auto" and compiler_found(device) and compile_pays(plan))
     machine = Machine(device, precision, compiles, choose_threads(config.threads))
     rate = config.learning_rate or (0.02 if muon else 0.002)
-    every = config.eval_every or max(1, min(1000, (steps or 2000) // _VALIDATIONS))
+    every = config.eval_every or _eval_every(steps, per_step, config.eval_tokens or _EVAL_TOKENS)
     resolved = dataclasses.replace(
         config,
         batch_size=rows,
@@ -110,17 +114,26 @@ def settle(config: PretrainConfig, vocabulary: int, tokens: int) -> Settled:
         kv_heads=shape.num_key_value_heads,
         ffn_size=shape.intermediate_size,
         context=shape.max_position_embeddings,
-        vocab_size=vocabulary,
+        vocab_size=config.vocab_size or vocabulary,  # what was asked for: the text may not have had so many
         learning_rate=rate,
         embedding_learning_rate=config.embedding_learning_rate or (0.008 if muon else rate),
         warmup_steps=max(10, min(500, (steps or 1000) // 50)) if config.warmup_steps is None else config.warmup_steps,
         eval_every=every,
-        eval_tokens=config.eval_tokens or 65_536,
+        eval_tokens=config.eval_tokens or _EVAL_TOKENS,
         save_every=config.save_every or every,
+        device=device,
+        threads=machine.threads,
         precision=precision,
         compile="on" if compiles else "off",
     )
     return Settled(resolved, shape, machine, plan)
+
+
+def _eval_every(steps: int | None, per_step: int, eval_tokens: int) -> int:
+    """Steps between validations: 20 in a run, fewer in a short one, where they would take most of the time."""
+    steps = steps or 2000
+    count = max(4, min(_VALIDATIONS, int(_VALIDATED * steps * per_step / eval_tokens)))
+    return max(1, min(1000, steps // count))
 
 
 def _steps(config: PretrainConfig, parameters: int, tokens: int, per_step: int) -> int | None:

@@ -6,67 +6,151 @@ these; what may differ (how long, how often to look and save) is named in MAY_CH
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llmcli import config as configs
 from llmcli.config import PretrainConfig, TextConfig
 from llmcli.data.tokenizer import TextTokenizer
 from llmcli.errors import DataError, LlmcliError, UsageError
-from llmcli.files.artefacts import CHECKPOINTS, METRICS, RESULT, RUN_CONFIG, read_json
-from llmcli.files.atomic import make_folders, staged_folder, write_file
+from llmcli.files.artefacts import CHECKPOINTS, METRICS, RESULT, RUN_CONFIG, checkpoints_of, read_json
+from llmcli.files.atomic import (
+    TEMPORARY,
+    locked,
+    make_folders,
+    moved_aside,
+    refuse_existing,
+    remove_debris,
+    remove_folder,
+    staged_folder,
+    write_file,
+)
 from llmcli.files.checkpoints import OPTIMIZER, STATE, latest_checkpoint, save_checkpoint
-from llmcli.files.manifest import write_manifest
+from llmcli.files.manifest import manifest_problems, read_manifest, write_manifest
 from llmcli.files.tensors import load_tensors, load_weights, save_tensors
 from llmcli.models.decoder import Decoder
 from llmcli.models.folder import save_model
 from llmcli.training.loop import TrainingState
 from llmcli.training.optimizer import Optimizer
 
+LENGTH = ("max_steps", "max_tokens", "epochs", "max_seconds")
 MAY_CHANGE = frozenset(
-    (
-        *("max_steps", "max_tokens", "epochs", "max_seconds", "eval_every", "eval_tokens", "patience"),
-        *("save_every", "save_total_limit", "threads"),
-    )
+    (*LENGTH, *("eval_every", "eval_tokens", "patience", "save_every", "save_total_limit", "threads", "device"))
 )
+_CONTENTS = (RUN_CONFIG, METRICS, "loss.svg", CHECKPOINTS, RESULT, "tokenizer", "corpus")
+C = TypeVar("C", PretrainConfig, TextConfig)
 
 
-def write_settings(run: Path, data: str, config: PretrainConfig, text: TextConfig) -> None:
-    """Writes `config.toml`: the settings at its top, how text is read in a table `text`."""
-    values = {"data": data, **dataclasses.asdict(config), "text": dataclasses.asdict(text)}
+def write_settings(run: Path, data: Sequence[str], config: PretrainConfig, text: TextConfig) -> None:
+    """Writes `config.toml`: DATA and all settings. `llmcli pretrain -c` reads it, and makes the same run again."""
+    values = {"data": data, **dataclasses.asdict(config), **dataclasses.asdict(text)}
     write_file(
         run / RUN_CONFIG, "# Settings of this run, resolved; made by llmcli pretrain.\n" + configs.to_toml(values)
     )
 
 
-def read_settings(run: Path) -> tuple[str, PretrainConfig, TextConfig]:
+def read_settings(run: Path) -> tuple[list[str], PretrainConfig, TextConfig]:
     """What `write_settings` wrote: DATA, the settings, how text is read."""
     values = configs.read_toml(run / RUN_CONFIG)
     where = str(run / RUN_CONFIG)
-    data, text = values.pop("data", ""), values.pop("text", {})
-    return str(data), configs.from_mapping(PretrainConfig, values, where=where), configs.from_mapping(TextConfig, text)
+    data = values.pop("data", None)
+    if not isinstance(data, list) or not all(isinstance(item, str) for item in data):
+        raise DataError("does not say the DATA that the run was begun on", where=where)
+    text = {field.name: values.pop(field.name) for field in dataclasses.fields(TextConfig) if field.name in values}
+    return (
+        data,
+        configs.from_mapping(PretrainConfig, values, where=where),
+        configs.from_mapping(TextConfig, text, where=where),
+    )
 
 
-def merged_settings(stored: PretrainConfig, given: PretrainConfig) -> PretrainConfig:
+def merged_settings(stored: C, given: C, names: Collection[str] | None = None) -> C:
     """The settings to resume with: the stored ones, and of the given ones those that may change.
 
-    A setting that was not given again has its default and is taken as stored. Raises UsageError for one that differs.
+    `names`: the settings that were given again; None: those that are not the default. One that leaves the choice to us
+    (None, "auto") was settled and stays. A new length takes the place of the old one, whatever that was counted in.
+    Raises UsageError for a setting that differs and may not.
     """
-    default, changed = PretrainConfig(), {}
-    for field in dataclasses.fields(PretrainConfig):
+    default, changed = type(given)(), {}
+    if names is None:
+        fields = [field.name for field in dataclasses.fields(given)]
+        names = [name for name in fields if getattr(given, name) != getattr(default, name)]
+    for field in dataclasses.fields(given):
         new, old = getattr(given, field.name), getattr(stored, field.name)
-        if new in (old, getattr(default, field.name)):
+        if field.name not in names or new == old or new in (None, "auto"):
             continue
         if field.name not in MAY_CHANGE:
             raise UsageError(
                 f"the run was begun with {old!r}, which a resumed run keeps; asked: {new!r}", where=field.name
             )
         changed[field.name] = new
+    if not changed.keys().isdisjoint(LENGTH):
+        changed = {name: None for name in LENGTH if name not in names} | changed
     return dataclasses.replace(stored, **changed)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+def is_vacant(run: Path) -> bool:
+    """Whether a run can begin here without touching anybody's files: nothing but debris, if it is there at all."""
+    if not run.is_dir():
+        return not (run.exists() or run.is_symlink())
+    return all(path.name == ".lock" or (path.name[0] == "." and TEMPORARY in path.name) for path in run.iterdir())
+
+
+def refuse_taken(run: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises UsageError where something stands that is neither to be replaced nor a run to go on with."""
+    if resume and overwrite:
+        raise UsageError("--resume goes on with what is there, --overwrite removes it: give one", where=str(run))
+    if is_vacant(run) or (resume and (run / RUN_CONFIG).is_file()):
+        return
+    if resume and run.is_dir():
+        raise UsageError(f"is no run that could be gone on with: it has no {RUN_CONFIG}", where=str(run))
+    refuse_existing(run, overwrite=overwrite)
+
+
+@contextlib.contextmanager
+def claimed(run: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Holds the run's folder for one process. Raises UsageError or LlmcliError where it is taken.
+
+    A body that fails leaves no folder that was not there before, unless something of the run is in it.
+    """
+    refuse_taken(run, resume=resume, overwrite=overwrite)
+    missing = [folder for folder in (run, *run.parents) if not folder.exists()]
+    lock = run / ".lock"
+    ours = not lock.exists()
+    with locked(run, "run"):
+        refuse_taken(run, resume=resume, overwrite=overwrite)  # another process may have been faster
+        remove_debris(run)
+        try:
+            yield
+        except BaseException:
+            if ours and is_vacant(run):
+                with contextlib.suppress(OSError):
+                    lock.unlink(missing_ok=True)
+                    for folder in missing:
+                        folder.rmdir()
+            raise
+
+
+def begun(run: Path) -> contextlib.AbstractContextManager[Any]:
+    """A run that begins anew: see `moved_aside`. What a run makes goes again when it fails before it trains."""
+    return moved_aside(run, _CONTENTS)
+
+
+def refuse_own(run: Path, paths: Sequence[str]) -> None:
+    """Raises UsageError for what is read and lies in the run's folder, where it would be written or removed."""
+    place = run.resolve()
+    for path in paths:
+        if Path(path).resolve().is_relative_to(place):
+            raise UsageError("is to be read and lies in the run's own folder; put one of them elsewhere", where=path)
 
 
 @dataclasses.dataclass
@@ -122,11 +206,15 @@ def restore(checkpoint: Path, model: Decoder, optimizer: Optimizer) -> TrainingS
 
 
 def find_checkpoint(run: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from: the newest sound one, or the one that is named; and notices of damaged ones."""
-    if resume == "auto":
-        return latest_checkpoint(run)
-    from llmcli.files.manifest import manifest_problems
+    """The checkpoint to go on from: the newest sound one, or the one that is named; and notices of damaged ones.
 
+    Raises DataError where there are checkpoints and none is sound: what is left of them is not written over unasked.
+    """
+    if resume == "auto":
+        newest, damaged = latest_checkpoint(run)
+        if damaged and newest is None:
+            raise DataError(f"no checkpoint is sound ({damaged[0]}); --overwrite begins anew", where=str(run))
+        return newest, damaged
     place = Path(resume)
     if not place.is_dir():
         raise DataError("no such checkpoint", where=resume)
@@ -138,27 +226,27 @@ def find_checkpoint(run: Path, resume: str) -> tuple[Path | None, list[str]]:
 
 def forget_beyond(run: Path, step: int) -> None:
     """Removes checkpoints of later steps than the one that is gone on from: their future will be another."""
-    from llmcli.files.artefacts import checkpoints_of
-
     for place in checkpoints_of(run):
         if int(place.name[5:]) > step:
-            shutil.rmtree(place, ignore_errors=True)
+            remove_folder(place)
 
 
-def clear_contents(run: Path) -> None:
-    """Removes what a run made, and nothing else that may lie in the folder."""
-    for name in (RUN_CONFIG, METRICS, "loss.svg"):
-        (run / name).unlink(missing_ok=True)
-    for name in (CHECKPOINTS, RESULT, "tokenizer", "corpus"):
-        shutil.rmtree(run / name, ignore_errors=True)
+def refuse_other_corpus(checkpoint: Path, corpus: str) -> None:
+    """Raises DataError when a checkpoint was not trained on the corpus of this hash."""
+    known = read_manifest(checkpoint)["lineage"].get("corpus")
+    if known != corpus:
+        raise DataError(
+            f"was trained on another corpus ({str(known)[:12]}) than the one that is here now ({corpus[:12]})",
+            where=str(checkpoint),
+        )
 
 
-def clear_run(run: Path) -> None:
-    """Removes a run, with its folder when that is empty then."""
-    clear_contents(run)
-    (run / ".lock").unlink(missing_ok=True)
-    if run.is_dir() and not any(run.iterdir()):
-        run.rmdir()
+def is_kept(record: Mapping[str, Any], state: TrainingState) -> bool:
+    """Whether a line of the metrics is older than the state that is gone on from: what comes after is written anew."""
+    step = record.get("step", 0)
+    return bool(step < state.step) or (
+        step == state.step and (record.get("event") != "validation" or state.validated_step == step)
+    )
 
 
 def check_space(run: Path, needed: int) -> None:

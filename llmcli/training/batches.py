@@ -25,8 +25,17 @@ class TokenWindows:
     """
 
     def __init__(
-        self, shards: Sequence[Ids], *, context: int, batch_size: int, seed: int, rank: int = 0, world: int = 1
+        self,
+        shards: Sequence[Ids],
+        *,
+        context: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        vocab_size: int | None = None,
     ) -> None:
+        self.vocab_size = vocab_size
         self.shards = [shard for shard in shards if len(shard) > context]
         self.context, self.batch_size, self.seed, self.rank, self.world = context, batch_size, seed, rank, world
         # One window a shard is given up for the phase, where there are enough of them.
@@ -35,11 +44,9 @@ class TokenWindows:
         self.slack = [len(shard) - 1 - n * context for shard, n in zip(self.shards, self.counts, strict=True)]
         self.per_epoch = sum(self.counts)
         if not self.per_epoch:
-            found = sum(len(shard) for shard in shards)
-            raise DataError(
-                f"too little text: {found} tokens, a context of {context} needs {context + 1}; "
-                f"a context of {max(found - 1, 1)} would fit"
-            )
+            found = max((len(shard) for shard in shards), default=0)
+            hint = f"a context of {found - 1} would fit" if found > 2 else "give more"
+            raise DataError(f"too little text: {found} tokens, a context of {context} needs {context + 1}; {hint}")
         self._ends = np.cumsum(self.counts)
         self._epoch = -1
         self._order: Ids = np.empty(0, np.int64)
@@ -64,15 +71,25 @@ class TokenWindows:
         return self.shards[shard][start : start + self.context + 1]
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of micro-batch `number`: (batch_size, context) each, int64."""
+        """Inputs and targets of micro-batch `number`: (batch_size, context) each, int64.
+
+        Raises DataError for an id beyond the vocabulary.
+        """
         first = (number * self.world + self.rank) * self.batch_size
-        rows = np.stack([self.window(first + row) for row in range(self.batch_size)]).astype(np.int64)
-        ids = torch.from_numpy(rows)
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        return _inputs_and_targets([self.window(first + row) for row in range(self.batch_size)], self.vocab_size)
+
+
+def _inputs_and_targets(rows: Sequence[Ids], vocab_size: int | None) -> tuple[Tensor, Tensor]:
+    ids = np.stack(rows).astype(np.int64)
+    if vocab_size is not None and ids.max() >= vocab_size:
+        # An embedding would answer with an IndexError, on CUDA with a process that is of no use any more.
+        raise DataError(f"the corpus holds the id {ids.max()} of a vocabulary of {vocab_size}; see llmcli verify")
+    stacked = torch.from_numpy(ids)
+    return stacked[:, :-1].contiguous(), stacked[:, 1:].contiguous()
 
 
 def validation_windows(
-    shards: Sequence[Ids], *, context: int, batch_size: int, tokens: int
+    shards: Sequence[Ids], *, context: int, batch_size: int, tokens: int, vocab_size: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and targets of at most `tokens` targets, from windows spread evenly over the shards, always the same.
 
@@ -83,15 +100,13 @@ def validation_windows(
         longest = max(shards, key=len, default=np.empty(0, np.int64))
         if len(longest) < 2:
             return
-        ids = torch.from_numpy(longest.astype(np.int64))[None]
-        yield ids[:, :-1], ids[:, 1:]
+        yield _inputs_and_targets([longest], vocab_size)
         return
     wanted = max(1, min(len(starts), tokens // context))
     chosen = [starts[index * len(starts) // wanted] for index in range(wanted)]
     for first in range(0, wanted, batch_size):
         rows = [shard[start : start + context + 1] for shard, start in chosen[first : first + batch_size]]
-        ids = torch.from_numpy(np.stack(rows).astype(np.int64))
-        yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        yield _inputs_and_targets(rows, vocab_size)
 
 
 def prefetched(windows: TokenWindows, first: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

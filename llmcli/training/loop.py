@@ -39,7 +39,7 @@ class TrainingEvent:
     total_steps: int | None = None
     progress: float = 0.0  # of the budget, 0 to 1
     best: bool = False  # of a validation: the best so far
-    reason: str | None = None  # of the end: "steps", "seconds", "patience", "stopped"
+    reason: str | None = None  # of the end: "steps", "seconds", "patience", "stopped"; in the metrics "not-finite" too
 
 
 @dataclasses.dataclass
@@ -104,34 +104,41 @@ class Loop:
         began = time.perf_counter() - state.elapsed_seconds
         coming = self.batches(state.step * settings.grad_accumulation)
         device = next(self.model.parameters()).device
-        reason = None
-        saved = state.step
-        while reason is None:
+        saved = (state.step, state.validated_step)
+        while True:
             progress = settings.budget.progress(state.step, state.elapsed_seconds)
             reason = self._reason(progress)
-            last = reason is not None
-            due = state.step % settings.eval_every == 0 or last
+            due = state.step % settings.eval_every == 0 or reason is not None
             if due and state.step > state.validated_step and reason != "stopped":
+                self._check_weights()
                 record = self._validation(began)
                 if record is not None:
                     yield record
-                    if settings.patience and state.bad_validations >= settings.patience and not last:
-                        reason, last = "patience", True
-            if state.step > saved and (state.step % settings.save_every == 0 or last):
-                saved = state.step
+                reason = self._reason(progress)  # it may have been one too many, or a signal may have cut it short
+            due = state.step % settings.save_every == 0 or reason is not None
+            if due and state.step and (state.step, state.validated_step) != saved:
+                self._check_weights()
+                saved = (state.step, state.validated_step)
                 yield self._event("checkpoint")
-            if last:
-                yield self._event("end", reason=reason)
+            if reason is not None:
+                yield self.ended(reason)
                 return
             yield self._step(coming, device, progress, began)
 
     def _reason(self, progress: float) -> str | None:
+        """Why it ends now; None: it goes on. The same for a run that was resumed where it had ended."""
+        steps, patience = self.settings.budget.steps, self.settings.patience
         if self.stopping():
             return "stopped"
-        if progress < 1.0:
-            return None
-        steps = self.settings.budget.steps
-        return "steps" if steps is not None and self.state.step >= steps else "seconds"
+        if progress >= 1.0:
+            return "steps" if steps is not None and self.state.step >= steps else "seconds"
+        return "patience" if patience and self.state.bad_validations >= patience else None
+
+    def _check_weights(self) -> None:
+        """Raises NotFiniteError where a step has ruined the weights, which no loss has shown yet."""
+        norms = torch._foreach_norm([parameter.detach() for parameter in self.model.parameters()])
+        if not bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
+            raise NotFiniteError("norm of the weights", self.state.step)
 
     def _step(self, coming: Iterator[Batch], device: torch.device, progress: float, began: float) -> TrainingEvent:
         settings, state = self.settings, self.state
@@ -182,6 +189,10 @@ class Loop:
         else:
             state.bad_validations += 1
         return self._event("validation", loss=loss, bits_per_byte=bits, best=better)
+
+    def ended(self, reason: str) -> TrainingEvent:
+        """The last record: where the run stands and why it goes no further."""
+        return self._event("end", reason=reason)
 
     def _event(self, kind: str, **details: Any) -> TrainingEvent:
         state, budget = self.state, self.settings.budget

@@ -33,9 +33,14 @@ EPS = 1e-10
 
 
 def orthogonalize(stack: Tensor) -> Tensor:
-    """Nearly the nearest semi-orthogonal matrices: singular values in [0.7, 1.15]. (N, rows, columns) -> the same."""
+    """Nearly the nearest semi-orthogonal matrices, whatever the scale. (N, rows, columns) -> the same.
+
+    Singular values of at least a hundredth of the greatest come out in [0.7, 1.15], smaller ones between 0 and that.
+    """
     tall = stack.size(1) > stack.size(2)
     x = stack.mT if tall else stack
+    peak = torch.linalg.vector_norm(x, float("inf"), dim=(1, 2), keepdim=True).float().clamp(min=2.0**-126)
+    x = x * torch.exp2(-peak.log2().floor()).to(x.dtype)  # exact; else the fourth powers below leave float32
     gram = x @ x.mT  # (N, r, r), r the smaller side
     bound = gram.float().norm(dim=(1, 2), keepdim=True).clamp(min=1e-30) * _MARGIN**2  # >= greatest value, squared
     x = x * bound.rsqrt().to(x.dtype)
