@@ -318,7 +318,7 @@ def test_plain_configs_are_read(family: str) -> None:
         ("llama", {"rope_parameters": {"rope_type": ["default"]}}, "rope_type"),
         ("llama", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_parameters"),
         ("llama", {"rope_parameters": "default"}, "rope_parameters"),
-        ("llama", {"model_type": "mistral"}, "mistral"),
+        ("llama", {"model_type": "mixtral"}, "mixtral"),
         ("llama", {"model_type": ["llama"]}, "model_type"),
     ],
 )

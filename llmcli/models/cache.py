@@ -20,7 +20,7 @@ class KeyValueCache:
     def __init__(
         self, config: DecoderConfig, rows: int, capacity: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.context = config.max_position_embeddings
+        self.context, self.window = config.max_position_embeddings, config.sliding_window
         self.capacity = min(max(capacity, 1), self.context)
         self.lengths = torch.zeros(rows, dtype=torch.long)  # on the CPU: it decides shapes
         shape = (rows, config.num_key_value_heads, self.capacity, config.head_dim)
@@ -50,13 +50,13 @@ class KeyValueCache:
         if shortest == longest:
             self._positions = None
             positions = torch.arange(self._start, self._end, device=device)[None]
-            if longest == 0 or count == 1:
+            within = self.window is None or longest + count <= self.window
+            if within and (longest == 0 or count == 1):
                 return positions, None
         else:
             positions = (self.lengths[:, None] + torch.arange(count)).to(device)
             self._positions = positions
-        reach = torch.arange(self._end, device=device)
-        return positions, (reach <= positions[..., None])[:, None]  # (B or 1, 1, T, S)
+        return positions, causal_window(positions, torch.arange(self._end, device=device), self.window)
 
     def put(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the new keys and values (B, K, T, D) of a layer and returns all of them: (B, K, S, D)."""
@@ -98,3 +98,12 @@ class KeyValueCache:
         new = old.new_zeros((*old.shape[:2], self.capacity, old.shape[3]))
         new[:, :, : old.size(2)] = old
         return new
+
+
+def causal_window(positions: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Which keys (S,) the queries at `positions` (B, T) attend to: (B, 1, T, S); at most `window` of them each."""
+    queries = positions[..., None]
+    mask = keys <= queries
+    if window is not None:
+        mask &= keys > queries - window
+    return mask[:, None]

@@ -1,6 +1,6 @@
 """The decoder's shape: what of a `config.json` changes the result, checked; what cannot be honoured is refused by name.
 
-Sources: the config classes of Hugging Face transformers for llama, qwen3 and gpt2 (keys and defaults).
+Sources: the config classes of Hugging Face transformers for each family (keys and defaults).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from llmcli.errors import ConfigError
 
-FAMILIES = ("qwen3", "llama", "gpt2")
+FAMILIES = ("qwen3", "llama", "mistral", "qwen2", "gpt2")
 
 # Above these no real model lies; a stranger's config must not have us build a billion layers before the weights say no.
 _MOST = {
@@ -44,6 +44,7 @@ class DecoderConfig:
     tie_word_embeddings: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
+    sliding_window: int | None = None  # tokens that a token attends to, itself among them; None: all before it
 
     def __post_init__(self) -> None:
         if self.model_type not in FAMILIES:
@@ -70,11 +71,19 @@ class DecoderConfig:
             raise ConfigError(f"gpt2 needs hidden_size = heads x head_dim, got {self.hidden_size}", where="hidden_size")
         if self.model_type != "gpt2" and self.head_dim % 2:
             raise ConfigError(f"rotary positions need an even head size, got {self.head_dim}", where="head_dim")
+        window = self.sliding_window
+        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+            raise ConfigError(f"must be a whole number above 0, is {window!r}", where="sliding_window")
 
     @property
     def qk_norm(self) -> bool:
         """Whether queries and keys are normalised for each head (Qwen3)."""
         return self.model_type == "qwen3"
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether attention's output has a bias: where query, key and value have one, but for Qwen2."""
+        return self.attention_bias and self.model_type != "qwen2"
 
 
 def _check_number(name: str, value: Any, most: float, *, whole: bool = False) -> None:
@@ -83,7 +92,19 @@ def _check_number(name: str, value: Any, most: float, *, whole: bool = False) ->
         raise ConfigError(f"must be a {kind} above 0 and at most {most:g}, is {value!r:.80}", where=name)
 
 
-_ACTIVATIONS = {"qwen3": ("silu", "swish"), "llama": ("silu", "swish"), "gpt2": ("gelu_new", "gelu_pytorch_tanh")}
+_ACTIVATIONS = {
+    **dict.fromkeys(("qwen3", "llama", "mistral", "qwen2"), ("silu", "swish")),
+    "gpt2": ("gelu_new", "gelu_pytorch_tanh"),
+}
+
+_ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
+_CONTEXTS = {"qwen3": 32_768, "qwen2": 32_768, "mistral": 131_072, "llama": 2048}  # where a config names none
 
 # gpt2's own names of what has another in the other families.
 _GPT2_NAMES = {
@@ -163,11 +184,16 @@ def _read_gpt2(values: Mapping[str, Any]) -> DecoderConfig:
 def _read_llama(values: Mapping[str, Any]) -> DecoderConfig:
     family, heads, size = values["model_type"], _whole(values, "num_attention_heads"), _whole(values, "hidden_size")
     kinds = _given(values, "layer_types", [])
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+    known = ["full_attention"] if family != "mistral" else ["full_attention", "sliding_attention"]
+    if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
         raise ConfigError("only full_attention is supported", where="layer_types")
+    if kinds and any(kind != kinds[0] for kind in kinds):
+        raise ConfigError("one kind for all layers is supported", where="layer_types")
+    # Mistral's window is on unless it is null; Qwen's is off: see _ONLY.
+    window = values.get("sliding_window", 4096) if family == "mistral" and "full_attention" not in kinds else None
     rope = _rope(values)
     scaled = rope.get("rope_type", rope.get("type", "default")) == "llama3"
-    context = _given(values, "max_position_embeddings", 32768 if family == "qwen3" else 2048)
+    context = _given(values, "max_position_embeddings", _CONTEXTS[family])
     return DecoderConfig(
         model_type=family,
         vocab_size=values["vocab_size"],
@@ -182,8 +208,9 @@ def _read_llama(values: Mapping[str, Any]) -> DecoderConfig:
         rope_theta=_given(rope, "rope_theta", _given(values, "rope_theta", 10_000.0)),
         rope_scaling={"rope_type": "llama3", **{key: rope.get(key) for key in _LLAMA3}} if scaled else None,
         tie_word_embeddings=values.get("tie_word_embeddings", False),
-        attention_bias=values.get("attention_bias", False),
-        mlp_bias=values.get("mlp_bias", False),
+        attention_bias=family == "qwen2" or (family != "mistral" and values.get("attention_bias", False)),
+        mlp_bias=family == "llama" and values.get("mlp_bias", False),
+        sliding_window=window,
     )
 
 
@@ -204,8 +231,7 @@ def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_config(config: DecoderConfig, special_ids: Mapping[str, int | None], dtype: str) -> dict[str, Any]:
     """The content of `config.json` as transformers writes it. `special_ids`: bos_, eos_ and pad_token_id."""
-    architecture = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
-    head: dict[str, Any] = {"architectures": [architecture[config.model_type]], "model_type": config.model_type}
+    head: dict[str, Any] = {"architectures": [_ARCHITECTURES[config.model_type]], "model_type": config.model_type}
     tail = {"tie_word_embeddings": config.tie_word_embeddings, **special_ids, "use_cache": True, "dtype": dtype}
     if config.model_type == "gpt2":
         return (
@@ -244,4 +270,6 @@ def write_config(config: DecoderConfig, special_ids: Mapping[str, int | None], d
     }
     if config.model_type == "llama":
         body["mlp_bias"] = config.mlp_bias
+    if config.model_type == "mistral":
+        body["sliding_window"] = config.sliding_window
     return head | body | tail

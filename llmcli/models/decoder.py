@@ -5,7 +5,8 @@ logits agree with transformers' within 1e-4 in float32, prefill and cached.
 Letters: B rows, T new tokens, S cached tokens, H heads, K key/value heads, D head size, C hidden size, V vocabulary.
 
 Sources: Llama (arXiv:2302.13971), GPT-2 (Radford et al. 2019), RoPE (arXiv:2104.09864), GQA (arXiv:2305.13245),
-QK-norm (arXiv:2302.05442, as in Qwen3, arXiv:2505.09388), the llama3 rope rule (arXiv:2407.21783).
+QK-norm (arXiv:2302.05442, as in Qwen3, arXiv:2505.09388), the llama3 rope rule (arXiv:2407.21783), the sliding
+window (Mistral, arXiv:2310.06825).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmcli.models.cache import KeyValueCache
+from llmcli.models.cache import KeyValueCache, causal_window
 from llmcli.models.config import DecoderConfig
 from llmcli.models.ops import Conv1D, LayerNorm, Linear, RMSNorm, apply_rope, attend, joined, swiglu
 
@@ -45,7 +46,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(config.hidden_size, wide, bias=config.attention_bias)
         self.k_proj = Linear(config.hidden_size, narrow, bias=config.attention_bias)
         self.v_proj = Linear(config.hidden_size, narrow, bias=config.attention_bias)
-        self.o_proj = Linear(wide, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = Linear(wide, config.hidden_size, bias=config.output_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
@@ -110,12 +111,15 @@ class LlamaModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.frequencies: Tensor
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+        self.sliding_window = config.sliding_window
 
     def forward(self, ids: Tensor, cache: KeyValueCache | None, dtype: torch.dtype) -> Tensor:  # (B, T) -> (B, T, C)
         x = self.embed_tokens(ids).to(dtype)
         positions, mask = (None, None) if cache is None else cache.begin(ids.size(1))
         if positions is None:
             positions = torch.arange(ids.size(1), device=ids.device)[None]
+        if mask is None and self.sliding_window is not None and ids.size(1) > self.sliding_window:
+            mask = causal_window(positions, positions[0], self.sliding_window)
         angles = positions[:, None, :, None].float() * self.frequencies  # (B or 1, 1, T, D / 2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
