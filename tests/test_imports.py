@@ -51,6 +51,8 @@ STAGED = {
     "data/corpus.py:PartWriter.return_to": "cuts a shard of the staged folder back",
     "operations/prepare.py:_kept": "a pipe's bytes, into the staged folder",
     "models/folder.py:save_model": "writes config.json beside the weights, into the staged folder it is given",
+    "onnx/external.py:ExternalData.__init__": "the large tensors, into the staged folder it is given",
+    "onnx/folder.py:write_graph": "the graph, into the staged folder it is given",
     "operations/run_folder.py:RunFolder.save": "a checkpoint's files, into the staged folder it is given",
     "operations/run_folder.py:RunFolder.save_result": "the tokenizer beside the model, into its staged folder",
 }
@@ -173,10 +175,22 @@ def test_only_the_command_line_knows_click_and_rich() -> None:
                 assert not roots & {"click", "rich"}, f"{name_of(path)}:{node.lineno}"
 
 
-def test_the_onnx_runtime_path_never_imports_torch() -> None:
+def test_building_and_running_graphs_imports_no_torch() -> None:
+    modules = [f"llmcli.onnx.{path.stem}" for path in FILES if path.parent.name == "onnx" and path.stem != "__init__"]
+    assert len(modules) > 5
+    script = (
+        f"import sys, {', '.join(modules)}, llmcli.runtime.onnx_session, llmcli.runtime.open, llmcli.operations.export"
+    )
+    assert "torch" not in run_python(f"{script}\nprint(*sys.modules)").split()
     for path in FILES:
-        if path.relative_to(PACKAGE).parts[0] == "onnx":
-            assert "torch" not in path.read_text("utf-8").replace("no torch", ""), name_of(path)
+        if path.parent.name == "onnx" or path.name == "onnx_session.py":
+            imported = [
+                name
+                for node in ast.walk(tree_of(path))
+                if isinstance(node, ast.Import | ast.ImportFrom)
+                for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+            ]
+            assert "torch" not in {name.partition(".")[0] for name in imported}, name_of(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "tokenizer": ("tokenizer", "tokenizer", "Train a tokenizer, use it, look into it."),
     "data": ("data", "data", "Check text files and prepare them as a corpus."),
     "pretrain": ("pretrain", "pretrain", "Pretrain a language model on a corpus or on plain text."),
+    "export": ("export", "export", "Export a model as an ONNX folder that runs fast and proves itself."),
     "evaluate": ("evaluate", "evaluate", "Measure a model on held-out text."),
     "generate": ("generate", "generate", "Continue a prompt with a model."),
     "complete": ("complete", "complete", "List the most probable completions of a prefix."),

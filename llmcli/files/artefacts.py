@@ -13,15 +13,16 @@ from typing import Any
 from llmcli.errors import DataError, LlmcliError, from_os_error
 from llmcli.files.manifest import MANIFEST, manifest_problems
 
-KINDS = ("tokenizer", "corpus", "run", "checkpoint", "model")
+KINDS = ("tokenizer", "corpus", "run", "checkpoint", "model", "onnx")
 METRICS = "metrics.jsonl"
 RUN_CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
 RESULT = "model"  # the folder in a run that holds its best model
+GRAPH = "model.onnx"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _EXPECTED = (
     "tokenizer.json (a tokenizer), corpus.json (a corpus), config.toml with checkpoints/ (a run) "
-    "or config.json with model.safetensors (a model)"
+    "or config.json with model.safetensors (a model) or model.onnx (an ONNX model)"
 )
 
 
@@ -44,6 +45,8 @@ def kind_of(path: str | Path) -> str:
         return "run"
     if has("state.json") and has("config.json", *_WEIGHTS):
         return "checkpoint"
+    if has(GRAPH) and not has(*_WEIGHTS):
+        return "onnx"
     if has("config.json") or has(*_WEIGHTS):
         return "model"
     if has("tokenizer.json") or (has("vocab.json") and has("merges.txt")):
@@ -57,10 +60,10 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def resolve_model(path: str | Path) -> Path:
+def resolve_model(path: str | Path, *, onnx: bool = True) -> Path:
     """The model folder that is meant: the path itself, or for a run its result, else its newest sound checkpoint.
 
-    Raises DataError when there is no model, naming what is missing.
+    `onnx`: whether an ONNX folder will do. Raises DataError when there is no model, naming what is missing.
     """
     place = Path(path)
     kind = kind_of(place)
@@ -72,6 +75,10 @@ def resolve_model(path: str | Path) -> Path:
             if not manifest_problems(checkpoint):
                 return checkpoint
         raise DataError(f"the run has no {RESULT}/ and no sound checkpoint yet", where=str(path))
+    if kind == "onnx" and onnx:
+        return place
+    if kind == "onnx":
+        raise DataError("is an ONNX model; the model it was exported from is needed", where=str(path))
     if kind not in ("model", "checkpoint"):
         raise DataError(f"is a {kind}; a model or a run is needed", where=str(path))
     if not is_model(place):
@@ -83,6 +90,11 @@ def resolve_model(path: str | Path) -> Path:
 def is_model(folder: Path) -> bool:
     """Whether the folder has a config and weights."""
     return (folder / "config.json").is_file() and any((folder / name).is_file() for name in _WEIGHTS)
+
+
+def is_onnx(folder: Path) -> bool:
+    """Whether the folder holds a graph, and no weights that torch would read."""
+    return (folder / GRAPH).is_file() and not any((folder / name).is_file() for name in _WEIGHTS)
 
 
 def has_manifest(folder: Path) -> bool:

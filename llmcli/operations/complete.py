@@ -119,7 +119,7 @@ class Completer:
 
 def complete(model: str | Path, prefix: str, config: CompleteConfig = CompleteConfig()) -> Completions:  # noqa: B008
     """The most probable completions of a prefix by a model folder or a run."""
-    from llmcli.runtime.torch_session import open_session
+    from llmcli.runtime.open import open_session
 
     folder = resolve_model(model)
     tokenizer = load_tokenizer(folder)

@@ -238,7 +238,7 @@ class _Sample:
 
 def open_generator(model: str | Path, *, device: str = "auto", threads: int | None = None) -> Generator:
     """Loads a model folder, or a run's result."""
-    from llmcli.runtime.torch_session import open_session
+    from llmcli.runtime.open import open_session
 
     folder = resolve_model(model)
     tokenizer = load_tokenizer(folder)

@@ -1,0 +1,1 @@
+"""ONNX graphs of decoders, built weight by weight, and the quantization of their weights."""

@@ -1,0 +1,85 @@
+"""A model folder to a graph and its data in a folder that is being made, weight by weight; no torch.
+
+Invariant: what is written is model.onnx with model.onnx.data beside it; no path in it leads out of the folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from llmcli.errors import from_os_error
+from llmcli.files.artefacts import GRAPH
+from llmcli.models.config import DecoderConfig
+from llmcli.onnx.decoder import DecoderGraph
+from llmcli.onnx.external import ExternalData
+from llmcli.onnx.families import ModelWeights
+from llmcli.onnx.graph import Graph
+from llmcli.onnx.quantize import Plan
+from llmcli.onnx.weights import Weights
+
+
+def write_graph(source: Path, config: DecoderConfig, plan: Plan, folder: Path) -> Iterator[int]:
+    """Writes the graph of the model in `source` into the staged `folder`; yields the number of blocks that are done."""
+    with ExternalData(folder / f"{GRAPH}.data") as data:
+        decoder = DecoderGraph(config, ModelWeights(config, Weights(source)), Graph(plan, data))
+        yield from decoder.build()
+        content = ir.serde.serialize_model(decoder.finished()).SerializeToString()
+    try:
+        (folder / GRAPH).write_bytes(content)
+    except OSError as error:
+        raise from_os_error(error, folder / GRAPH) from error
+
+
+def genai_config(config: DecoderConfig, ids: dict[str, Any]) -> dict[str, Any]:
+    """The content of genai_config.json, which onnxruntime-genai runs the folder by. `ids`: the special tokens'."""
+    end = ids.get("eos_token_id")
+    pad = ids.get("pad_token_id")
+    first_end = end[0] if isinstance(end, list) and end else end
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": GRAPH,
+        "head_size": config.head_dim,
+        "hidden_size": config.hidden_size,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads,
+    }
+    model: dict[str, Any] = {
+        # genai's own "gpt2" expects another cache; to it every graph of ours is a plain decoder.
+        "type": "llama" if config.model_type == "gpt2" else config.model_type,
+        "bos_token_id": ids.get("bos_token_id") if ids.get("bos_token_id") is not None else first_end or 0,
+        "eos_token_id": end if end is not None else config.vocab_size,
+        "pad_token_id": pad if pad is not None else first_end or 0,
+        "context_length": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "decoder": decoder,
+    }
+    search = {
+        "do_sample": False,
+        "early_stopping": True,
+        "max_length": config.max_position_embeddings,
+        "min_length": 0,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "past_present_share_buffer": True,
+        "repetition_penalty": 1.0,
+        "temperature": 1.0,
+        "top_k": 1,
+        "top_p": 1.0,
+    }
+    return {"model": model, "search": search}

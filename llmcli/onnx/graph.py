@@ -1,0 +1,191 @@
+"""A graph under construction: values, constants and products, by name.
+
+Invariant: names mirror the paths of the model's modules; a constant is stored once, whoever uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from llmcli.onnx.external import ExternalData
+from llmcli.onnx.quantize import BLOCKS, CHANNELS, BlockQuantized, Plan, Scheme, round_channels
+from llmcli.onnx.weights import Array, Matrix, Tensor
+
+MICROSOFT = "com.microsoft"
+OPSETS = {"": 21, MICROSOFT: 1}
+IR_VERSION = 10
+_INLINE = 16 << 10  # bytes; smaller constants stand in the graph itself
+_QUANTIZED_AT_ONCE = 1 << 26  # elements of a matrix that a quantizer gets at once
+_ACCURACY = 4  # activations are quantized to int8, row by row and block by block
+
+
+class Graph:
+    """Nodes, inputs, outputs and constants."""
+
+    def __init__(self, plan: Plan, data: ExternalData) -> None:
+        self.plan, self.data = plan, data
+        half = plan.precision == "fp16"
+        self.dtype = ir.DataType.FLOAT16 if half else ir.DataType.FLOAT
+        self.numpy_dtype: Any = np.float16 if half else np.float32
+        self.inputs: list[ir.Value] = []
+        self.outputs: list[ir.Value] = []
+        self._nodes: list[ir.Node] = []
+        self._constants: dict[str, ir.Value] = {}
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """A new input of the graph."""
+        value = ir.val(name, dtype, list(shape))
+        self.inputs.append(value)
+        return value
+
+    def optional_input(self, name: str, default: np.ndarray[Any, Any]) -> ir.Value:
+        """An input that is a constant where it is not given."""
+        value = self.constant(name, default)
+        self.inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+        """Makes a value an output of the graph."""
+        value.name, value.dtype, value.shape = name, dtype, ir.Shape(list(shape))
+        self.outputs.append(value)
+
+    def node(
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        *,
+        domain: str = "",
+        outputs: int = 1,
+        **more: Any,
+    ) -> tuple[ir.Value, ...]:
+        """Adds a node; its outputs."""
+        made = [ir.Value(name=name if index == 0 else f"{name}.{index}") for index in range(outputs)]
+        self._nodes.append(ir.node(kind, inputs, more, domain=domain, outputs=made, name=f"{name}/{kind}"))
+        return tuple(made)
+
+    def op(self, kind: str, inputs: Sequence[ir.Value | None], name: str, *, domain: str = "", **more: Any) -> ir.Value:
+        """Adds a node of one output."""
+        return self.node(kind, inputs, name, domain=domain, **more)[0]
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Constants
+
+    def constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+        """A constant of this name, made once."""
+        if name not in self._constants:
+            tensor: Any = ir.tensor(array, name=name)
+            if array.nbytes > _INLINE:
+                tensor = self.data.add(name, [array], array.shape)
+            self._hold(name, tensor)
+        return self._constants[name]
+
+    def numbers(self, *values: int) -> ir.Value:
+        """An int64 vector, such as a shape."""
+        return self.constant("numbers." + "_".join(map(str, values)), np.array(values, np.int64))
+
+    def vector(self, name: str, tensor: Tensor) -> ir.Value:
+        """A stored vector in the graph's precision: a norm's weight, a bias."""
+        return self.constant(name, tensor.rows().astype(self.numpy_dtype))
+
+    def _hold(self, name: str, tensor: Any) -> ir.Value:
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self._constants[name] = value
+        return value
+
+    def _streamed(self, name: str, matrix: Matrix) -> ir.Value:
+        """A matrix (outputs, inputs) in the graph's precision, piece by piece."""
+        if name not in self._constants:
+            pieces = (piece.astype(self.numpy_dtype, copy=False) for piece in matrix.pieces())
+            self._hold(name, self.data.add(name, pieces, matrix.shape))
+        return self._constants[name]
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Products
+
+    def linear(self, x: ir.Value, matrix: Matrix, bias: Array | None, name: str, *, role: str = "") -> ir.Value:
+        """x W^T + bias: (..., inputs) -> (..., outputs), with the operator that the plan says."""
+        scheme = self.plan.scheme(matrix.name, matrix.shape, role)
+        added = None if bias is None else self.constant(f"{name}.bias", bias.astype(self.numpy_dtype))
+        if scheme.kind == BLOCKS:
+            return self._block_product(x, matrix, added, scheme, name)
+        if scheme.kind == CHANNELS:
+            return self._channel_product(x, matrix, added, name)
+        weight = self._streamed(f"{matrix.name}.weight", matrix)
+        product = self.op("FusedMatMul", [x, weight], name, domain=MICROSOFT, transB=1)
+        return product if added is None else self.op("Add", [product, added], f"{name}.sum")
+
+    def _block_product(self, x: ir.Value, matrix: Matrix, bias: ir.Value | None, scheme: Scheme, name: str) -> ir.Value:
+        outputs, inputs = matrix.shape
+        data, scales, zero_points = self._quantized(matrix, scheme)
+        given = [x, data, scales, zero_points, None, bias]
+        while given[-1] is None:
+            given.pop()
+        sizes = {"K": inputs, "N": outputs, "bits": scheme.bits, "block_size": scheme.block_size}
+        return self.op("MatMulNBits", given, name, domain=MICROSOFT, **sizes, accuracy_level=_ACCURACY)
+
+    def _channel_product(self, x: ir.Value, matrix: Matrix, bias: ir.Value | None, name: str) -> ir.Value:
+        stem = f"{matrix.name}.weight"
+        if f"{stem}.int8" not in self._constants:
+            found = round_channels(matrix.rows(0, matrix.shape[0]))
+            self.constant(f"{stem}.int8", found.data)
+            self.constant(f"{stem}.scale", found.scales)
+            self.constant(f"{stem}.zero", np.zeros(matrix.shape[0], np.int8))
+        given = [x, *(self._constants[f"{stem}.{part}"] for part in ("int8", "scale", "zero")), bias]
+        return self.op("DynamicQuantizeMatMul", given if bias else given[:-1], name, domain=MICROSOFT)
+
+    def embedded(self, ids: ir.Value, matrix: Matrix, name: str) -> ir.Value:
+        """The rows of an embedding (vocabulary, C) at the ids."""
+        scheme = self.plan.scheme(matrix.name, matrix.shape, "embedding")
+        if scheme.kind != BLOCKS:
+            return self.op("Gather", [self._streamed(f"{matrix.name}.weight", matrix), ids], name)
+        data, scales, zero_points = self._quantized(matrix, scheme)
+        flat_name = f"{data.name}.rows"
+        stored: Any = data.const_value
+        shape = (matrix.shape[0], matrix.shape[1] * scheme.bits // 8)
+        if isinstance(stored, ir.ExternalTensor):
+            flat = self._hold(flat_name, self.data.again(flat_name, stored, shape))
+        else:
+            flat = self.constant(flat_name, stored.numpy().reshape(shape))
+        given = [flat, ids, scales] + ([] if zero_points is None else [zero_points])
+        sizes = {"bits": scheme.bits, "block_size": scheme.block_size, "gather_axis": 0, "quantize_axis": 1}
+        return self.op("GatherBlockQuantized", given, name, domain=MICROSOFT, **sizes)
+
+    def _quantized(self, matrix: Matrix, scheme: Scheme) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        """Codes, scales and zero points of a matrix, made once."""
+        stem = f"{matrix.name}.weight"
+        if f"{stem}.codes" not in self._constants:
+            moment = self.plan.moments.get(matrix.name)
+            found: list[BlockQuantized] = []
+            for piece in matrix.pieces(_QUANTIZED_AT_ONCE):
+                found.append(self.plan.quantizer.blocks(matrix.name, piece, scheme, moment))
+            self.constant(f"{stem}.codes", _joined([each.data for each in found]))
+            self.constant(f"{stem}.scales", _joined([each.scales for each in found]))
+            zero_points = [each.zero_points for each in found if each.zero_points is not None]
+            if zero_points:
+                self.constant(f"{stem}.zeros", _joined(zero_points))
+        return self._constants[f"{stem}.codes"], self._constants[f"{stem}.scales"], self._constants.get(f"{stem}.zeros")
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    def model(self, name: str, metadata: dict[str, str], version: str) -> ir.Model:
+        """The finished model."""
+        graph = ir.Graph(
+            self.inputs,
+            self.outputs,
+            nodes=self._nodes,
+            initializers=list(self._constants.values()),
+            opset_imports=dict(OPSETS),
+            name=name,
+        )
+        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="llmcli", producer_version=version)
+        model.metadata_props.update(metadata)
+        return model
+
+
+def _joined(arrays: list[Any]) -> Any:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -1,0 +1,192 @@
+"""Quantization: which product a matrix gets, and how its numbers become few bits.
+
+`Plan.scheme` is the one place that decides the kind of matrix product; a `Quantizer` decides the codes and scales.
+Formats: MatMulNBits and DynamicQuantizeMatMul of onnxruntime (docs/ContribOperators.md there).
+
+Invariant: what a product computes with is `dequantized()`, whatever method chose the codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from llmcli.errors import ConfigError
+from llmcli.onnx.weights import Array
+
+Codes = npt.NDArray[np.uint8]
+FLOAT, BLOCKS, CHANNELS = "float", "blocks", "channels"
+BLOCK_SIZES = (128, 64, 32)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scheme:
+    """How a matrix is held: FLOAT; BLOCKS of `block_size` inputs with a scale each; CHANNELS: a scale an output."""
+
+    kind: str = FLOAT
+    bits: int = 32
+    block_size: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BlockQuantized:
+    """A matrix in blocks along its inputs: weight = (code - zero point) * scale."""
+
+    scheme: Scheme
+    inputs: int
+    data: Codes  # (outputs, blocks, block_size * bits / 8), the first code in the low bits
+    scales: Array  # (outputs, blocks)
+    zero_points: Codes | None = None  # (outputs, ceil(blocks * bits / 8)), packed as data; None: the middle code
+
+    def dequantized(self) -> Array:
+        """The weights that the product computes with: (outputs, inputs), float32."""
+        outputs, blocks, _ = self.data.shape
+        bits = self.scheme.bits
+        codes = unpacked(self.data, bits).reshape(outputs, blocks, self.scheme.block_size)
+        middle: Any = 1 << (bits - 1)
+        if self.zero_points is not None:
+            middle = unpacked(self.zero_points, bits)[:, :blocks, None].astype(np.float32)
+        weight = (codes.astype(np.float32) - middle) * self.scales[..., None]
+        return np.ascontiguousarray(weight.reshape(outputs, -1)[:, : self.inputs])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChannelQuantized:
+    """A matrix of int8 with a scale an output, laid out as DynamicQuantizeMatMul takes it."""
+
+    data: npt.NDArray[np.int8]  # (inputs, outputs)
+    scales: Array  # (outputs,)
+
+    def dequantized(self) -> Array:
+        """The weights that the product computes with: (outputs, inputs), float32."""
+        return np.ascontiguousarray((self.data.astype(np.float32) * self.scales).T)
+
+
+def packed(codes: Codes, bits: int) -> Codes:
+    """Codes (..., n) of 8 bits into bytes of the last dimension; 4 bits: two a byte, n filled up with zeros."""
+    if bits == 8:
+        return np.ascontiguousarray(codes, np.uint8)
+    if codes.shape[-1] % 2:
+        codes = np.concatenate((codes, np.zeros((*codes.shape[:-1], 1), np.uint8)), -1)
+    return np.ascontiguousarray(codes[..., 0::2] | (codes[..., 1::2] << 4))
+
+
+def unpacked(data: Codes, bits: int) -> Codes:
+    """The codes of packed bytes: (..., n) -> (..., n * 8 / bits)."""
+    if bits == 8:
+        return data
+    return np.stack((data & 15, data >> 4), -1).reshape(*data.shape[:-1], -1)
+
+
+def blocked(weight: Array, block_size: int) -> Array:
+    """(outputs, inputs) -> (outputs, blocks, block_size), filled up with zeros."""
+    outputs, inputs = weight.shape
+    missing = -inputs % block_size
+    if missing:
+        weight = np.concatenate((weight, np.zeros((outputs, missing), np.float32)), 1)
+    return weight.reshape(outputs, -1, block_size)
+
+
+class Quantizer(Protocol):
+    """A method that chooses codes and scales. Rows are independent: it may be given some of a matrix's rows."""
+
+    needs_moments: bool  # whether it wants the second moments of each product's inputs, from a calibration text
+
+    def blocks(self, name: str, weight: Array, scheme: Scheme, moment: Array | None = None) -> BlockQuantized:
+        """Quantizes (outputs, inputs) in blocks. `moment`: (inputs, inputs), the mean of x x^T over the text."""
+        ...
+
+
+class RoundToNearest:
+    """Each block's extreme value gets the outermost code, the rest the nearest (llama.cpp's Q4_0 and Q8_0)."""
+
+    needs_moments = False
+
+    def blocks(self, name: str, weight: Array, scheme: Scheme, moment: Array | None = None) -> BlockQuantized:
+        """Rounds; without zero points, as the extreme decides the sign of the scale."""
+        found = [_rounded(piece, scheme) for piece in _in_pieces(weight)]
+        data = np.concatenate([each[0] for each in found])
+        return BlockQuantized(scheme, weight.shape[1], data, np.concatenate([each[1] for each in found]))
+
+
+def _in_pieces(weight: Array, elements: int = 1 << 20) -> list[Array]:
+    """Rows that fit the cores' caches: intermediate arrays stay small."""
+    step = max(1, elements // weight.shape[1])
+    return [weight[first : first + step] for first in range(0, len(weight), step)]
+
+
+def _rounded(weight: Array, scheme: Scheme) -> tuple[Codes, Array]:
+    blocks = blocked(weight, scheme.block_size)
+    middle = 1 << (scheme.bits - 1)
+    low, high = blocks.min(-1), blocks.max(-1)
+    extreme = np.where(-low >= high, low, high)
+    scales = (extreme / -middle).astype(np.float32)
+    with np.errstate(divide="ignore"):
+        inverse = np.where(scales == 0, 0, 1 / scales).astype(np.float32)
+    codes = np.rint(blocks * inverse[..., None])
+    codes += middle
+    return packed(np.clip(codes, 0, 2 * middle - 1).astype(np.uint8), scheme.bits), scales
+
+
+def round_channels(weight: Array) -> ChannelQuantized:
+    """int8 with a scale an output, for DynamicQuantizeMatMul."""
+    scales = (np.abs(weight).max(1) / 127).astype(np.float32)
+    scales[scales == 0] = 1
+    codes = np.rint(weight / scales[:, None]).astype(np.int8)
+    return ChannelQuantized(np.ascontiguousarray(codes.T), scales)
+
+
+QUANTIZERS: dict[str, type[Quantizer]] = {"round": RoundToNearest}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What each matrix becomes. `moments`: by the name of the matrix; `schemes`: exceptions by name."""
+
+    precision: str = "fp32"  # fp32, fp16, int8, int4
+    block_size: int | None = None  # None: chosen for each matrix
+    weight_only: bool = False  # int8: activations stay float, rows stay independent
+    quantizer: Quantizer = dataclasses.field(default_factory=RoundToNearest)
+    moments: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    schemes: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
+
+    def scheme(self, name: str, shape: tuple[int, int], role: str = "") -> Scheme:
+        """The kind of product of a matrix (outputs, inputs). `role`: "embedding" (tied to a head or not), "head" or "".
+
+        One row is bound by memory, whatever the operator; from four rows up DynamicQuantizeMatMul is the fastest by
+        far (docs/log.md), but it couples the rows of a run. An embedding is held in blocks, which gather too; a head's
+        errors reach the logits unsoftened, and it seldom sees more than one row.
+        """
+        if self.precision in ("fp32", "fp16"):
+            return Scheme(FLOAT, 32 if self.precision == "fp32" else 16)
+        if name in self.schemes:
+            return self.schemes[name]
+        bits = 4 if self.precision == "int4" else 8
+        block = self._block(name, shape[1])
+        if role == "embedding":
+            # GatherBlockQuantized knows no block that is not full.
+            return Scheme(FLOAT) if shape[1] % block else Scheme(BLOCKS, bits, block)
+        if self.precision == "int8" and not self.weight_only and role != "head":
+            return Scheme(CHANNELS, 8)
+        return Scheme(BLOCKS, bits, block)
+
+    def _block(self, name: str, inputs: int) -> int:
+        if self.block_size is None:
+            return next((size for size in BLOCK_SIZES[1:] if inputs % size == 0), BLOCK_SIZES[-1])
+        if inputs % self.block_size:
+            fitting = ", ".join(str(size) for size in BLOCK_SIZES if inputs % size == 0)
+            raise ConfigError(
+                f"blocks of {self.block_size} do not divide the {inputs} inputs of {name}; "
+                f"take auto{f' or {fitting}' if fitting else ''}",
+                where="block_size",
+            )
+        return self.block_size
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether a row of a run gives what it gives alone (but for rounding)."""
+        return self.precision != "int8" or self.weight_only

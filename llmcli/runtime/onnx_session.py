@@ -1,0 +1,251 @@
+"""A session on onnxruntime: the graph that `llmcli/onnx` builds, its cache updated in place. Never imports torch.
+
+Everything that a run reads or writes is a numpy array of the session's own, bound by its address once and kept alive as
+long as the binding is; the cache's inputs and outputs are the same arrays, so a step copies none of it.
+
+Invariant: entry j of a row's cache holds its position j, and the row's mask is 1 for what it holds and 0 beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmcli.data.cores import available_cores
+from llmcli.errors import DataError, UsageError
+from llmcli.files.artefacts import GRAPH
+from llmcli.runtime.session import Ids, Logits, Mask
+
+_SCORED = 1 << 23  # logits that scoring holds at once
+_CHUNK = 512  # tokens of a row that one run takes: attention holds heads x chunk x capacity numbers
+_HEADROOM = 64  # entries beyond the prompt that the cache begins with
+
+
+class OnnxSession:
+    """A `Session` over a graph of onnxruntime on the CPU."""
+
+    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or available_cores()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4  # what goes wrong is raised, as one line
+        try:
+            self._engine = onnxruntime.InferenceSession(str(folder / GRAPH), options, ["CPUExecutionProvider"])
+        except Exception as error:  # the library raises its own kinds
+            raise DataError(f"cannot be opened: {_reason(error)}", where=str(folder / GRAPH)) from error
+        self._shape = _GraphShape(self._engine, folder)
+        self.vocab_size, self.context = self._shape.vocab_size, self._shape.context
+        self._rows = _Rows(self._engine, self._shape, 0, 1)
+        self._started = False
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each row holds."""
+        return list(self._rows.lengths)
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> Logits:
+        """Begins anew with a row for each prompt; logits after their last tokens: (rows, V)."""
+        sizes = [len(prompt) for prompt in prompts]
+        if not sizes or min(sizes) < 1:
+            raise UsageError("a prompt needs at least one token")
+        self._check_room(max(sizes))
+        self._rows = _Rows(self._engine, self._shape, len(sizes), max(sizes) + _HEADROOM)
+        self._started = True
+        return np.stack([self._rows.extend(row, np.array(ids, np.int64), 1)[0] for row, ids in enumerate(prompts)])
+
+    def feed(self, ids: Ids, keep: int = 1) -> Logits:
+        """Appends (rows, n) ids to the rows; logits of the last `keep` positions: (rows, keep, V)."""
+        if not self._started:
+            raise UsageError("the session was not started")
+        count = ids.shape[1]
+        self._check_room(max(self._rows.lengths) + count)
+        self._rows.reserve(max(self._rows.lengths) + count)
+        if count == 1 and (self._shape.independent or len(ids) == 1):
+            return self._rows.step(ids)
+        return np.stack([self._rows.extend(row, ids[row], keep) for row in range(len(ids))])
+
+    def rewind(self, lengths: int | Sequence[int]) -> None:
+        """Forgets what lies beyond these lengths, one for all rows or one for each."""
+        rows = self._rows
+        wanted = [lengths] * len(rows.lengths) if isinstance(lengths, int) else list(lengths)
+        for row, (held, length) in enumerate(zip(rows.lengths, wanted, strict=True)):
+            rows.cut(row, min(held, max(length, 0)))
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keeps the rows named, in that order; a row named twice is copied."""
+        if list(rows) != list(range(len(self._rows.lengths))):
+            self._rows.resize(rows, self._rows.capacity)
+
+    def score(self, ids: Ids, wanted: Mask) -> Logits:
+        """Log-probabilities of ids[:, 1:] where `wanted`, 0 elsewhere: (rows, n - 1)."""
+        self._check_room(ids.shape[1] - 1)
+        found = np.zeros(wanted.shape, np.float32)
+        step = max(1, min(_CHUNK, _SCORED // self.vocab_size))
+        for row in range(len(ids)):
+            places = np.flatnonzero(wanted[row])
+            if not len(places):
+                continue
+            scratch = _Rows(self._engine, self._shape, 1, int(places[-1]) + 1)
+            first = int(places[0])
+            if first:
+                scratch.extend(0, ids[row, :first], 1)
+            for begin in range(first, int(places[-1]) + 1, step):
+                end = min(begin + step, int(places[-1]) + 1)
+                logits = scratch.extend(0, ids[row, begin:end], end - begin)
+                found[row, begin:end] = _log_probabilities(logits, ids[row, begin + 1 : end + 1])
+        found[~wanted] = 0
+        return found
+
+    def close(self) -> None:
+        """Lets the cache go."""
+        self._rows = _Rows(self._engine, self._shape, 0, 1)
+        self._started = False
+
+    def _check_room(self, count: int) -> None:
+        if count > self.context:
+            raise UsageError(f"{count} tokens do not fit the model's context of {self.context}")
+
+
+def _log_probabilities(logits: Logits, targets: Ids) -> Logits:
+    """Of the targets (n,) by the logits (n, V)."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    chosen = np.take_along_axis(shifted, targets[:, None], -1)[:, 0]
+    found: Logits = chosen - np.log(np.exp(shifted, out=shifted).sum(-1))
+    return found
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+class _GraphShape:
+    """What the graph's inputs and outputs say of the model."""
+
+    def __init__(self, engine: Any, folder: Path) -> None:
+        inputs = {item.name: item for item in engine.get_inputs()}
+        outputs = {item.name: item for item in engine.get_outputs()}
+        optional = {item.name for item in engine.get_overridable_initializers()}
+        self.layers = sum(name.endswith(".key") for name in inputs)
+        wanted = ["input_ids", "attention_mask", *self._caches("past_key_values")]
+        missing = [name for name in wanted if name not in inputs]
+        missing += [name for name in ("logits", *self._caches("present")) if name not in outputs]
+        missing += [name for name in ("num_logits_to_keep",) if name not in optional]
+        odd = sorted(set(inputs) - set(wanted))
+        if missing or odd or not self.layers:
+            told = f"lacks {', '.join(missing[:4])}" if missing else f"asks for {', '.join(odd[:4])}"
+            raise DataError(
+                f"is not a decoder as llmcli exports it: it {told}; expected are input_ids, attention_mask, "
+                "past_key_values.N.key|value and num_logits_to_keep (optional) to logits and present.N.key|value",
+                where=str(folder / GRAPH),
+            )
+        cache = inputs["past_key_values.0.key"]
+        self.dtype: Any = np.float16 if cache.type == "tensor(float16)" else np.float32
+        self.heads, self.head_dim = int(cache.shape[1]), int(cache.shape[3])
+        self.vocab_size = int(outputs["logits"].shape[-1])
+        facts = engine.get_modelmeta().custom_metadata_map
+        self.context = int(facts["llmcli.context"])
+        self.independent = facts.get("llmcli.rows") == "independent"
+
+    def _caches(self, stem: str) -> list[str]:
+        return [f"{stem}.{layer}.{kind}" for layer in range(self.layers) for kind in ("key", "value")]
+
+
+class _Binding:
+    """A run of some rows and tokens: its arrays, bound by address."""
+
+    def __init__(self, rows: _Rows, first: int, count: int, tokens: int, keep: int) -> None:
+        shape, self._engine = rows.shape, rows.engine
+        self.ids = np.zeros((count, tokens), np.int64)
+        self._keep = np.array([keep], np.int64)
+        self.logits = np.empty((count, min(keep, tokens), shape.vocab_size), np.float32)
+        self._alive = [rows.mask[first : first + count], *(cache[first : first + count] for cache in rows.caches)]
+        self._io = self._engine.io_binding()
+        self._bind("input_ids", self.ids)
+        self._bind("num_logits_to_keep", self._keep)
+        self._bind("attention_mask", self._alive[0])
+        self._bind("logits", self.logits, output=True)
+        names = [f"{layer}.{kind}" for layer in range(shape.layers) for kind in ("key", "value")]
+        for name, cache in zip(names, self._alive[1:], strict=True):
+            self._bind(f"past_key_values.{name}", cache)
+            self._bind(f"present.{name}", cache, output=True)
+
+    def _bind(self, name: str, array: npt.NDArray[Any], *, output: bool = False) -> None:
+        bind = self._io.bind_output if output else self._io.bind_input
+        bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def run(self) -> Logits:
+        """Runs the graph; the logits are the binding's own until the next run."""
+        self._engine.run_with_iobinding(self._io)
+        return self.logits
+
+
+class _Rows:
+    """Rows side by side: cache, mask and lengths."""
+
+    def __init__(self, engine: Any, shape: _GraphShape, count: int, capacity: int) -> None:
+        self.engine, self.shape = engine, shape
+        self.capacity = min(max(capacity, 1), shape.context)
+        self.lengths = [0] * count
+        self.mask = np.zeros((count, self.capacity), np.int64)
+        size = (count, shape.heads, self.capacity, shape.head_dim)
+        self.caches = [np.zeros(size, shape.dtype) for _ in range(2 * shape.layers)]
+        self._step: _Binding | None = None
+
+    def step(self, ids: Ids) -> Logits:
+        """Appends a token to each row: (rows, 1) -> (rows, 1, V). There must be room."""
+        if self._step is None:
+            self._step = _Binding(self, 0, len(self.lengths), 1, 1)
+        self._step.ids[:] = ids
+        for row, length in enumerate(self.lengths):
+            self.mask[row, length] = 1
+            self.lengths[row] = length + 1
+        return self._step.run().copy()
+
+    def extend(self, row: int, ids: Ids, keep: int) -> Logits:
+        """Appends tokens (n,) to one row; logits of the last `keep`: (keep, V). There must be room."""
+        found: list[Logits] = []
+        for begin in range(0, len(ids), _CHUNK):
+            piece = ids[begin : begin + _CHUNK]
+            kept = keep - (len(ids) - begin - len(piece))  # how many of this piece's are wanted
+            binding = _Binding(self, row, 1, len(piece), max(kept, 1))
+            binding.ids[0] = piece
+            length = self.lengths[row] + len(piece)
+            self.mask[row, self.lengths[row] : length] = 1
+            self.lengths[row] = length
+            logits = binding.run()[0]
+            if kept > 0:
+                found.append(logits)
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def cut(self, row: int, length: int) -> None:
+        """Forgets what a row holds beyond a length."""
+        self.mask[row, length : self.lengths[row]] = 0
+        self.lengths[row] = length
+
+    def reserve(self, length: int) -> None:
+        """Makes room for rows of this length: at least twice as much as there was, up to the context."""
+        if length > self.capacity:
+            self.resize(range(len(self.lengths)), min(max(2 * self.capacity, length), self.shape.context))
+
+    def resize(self, chosen: Sequence[int], capacity: int) -> None:
+        """Puts the chosen rows into new arrays, cache after cache, so that one alone is there twice at a time."""
+        self._step = None
+        lengths = [self.lengths[row] for row in chosen]
+        held = max(lengths, default=0)
+        new_mask = np.zeros((len(chosen), capacity), np.int64)
+        new_mask[:, :held] = self.mask[list(chosen), :held]
+        caches = list(self.caches)
+        self.caches = []
+        for place, old in enumerate(caches):
+            new = np.zeros((len(chosen), self.shape.heads, capacity, self.shape.head_dim), self.shape.dtype)
+            for row, source in enumerate(chosen):
+                new[row, :, : lengths[row]] = old[source, :, : lengths[row]]
+            self.caches.append(new)
+            caches[place] = new
+        self.lengths, self.mask, self.capacity = lengths, new_mask, capacity

@@ -1,0 +1,26 @@
+"""Opening a model folder with the engine that its files ask for.
+
+Invariant: an ONNX folder runs on onnxruntime and torch is not imported; a folder of safetensors runs on torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmcli.errors import UsageError
+from llmcli.files.artefacts import is_onnx
+from llmcli.runtime.session import Session
+
+
+def open_session(folder: str | Path, *, device: str = "auto", threads: int | None = None) -> Session:
+    """Loads a model folder. `device`: auto, cpu, cuda or mps; one that does not work is an error, never another."""
+    place = Path(folder)
+    if not is_onnx(place):
+        from llmcli.runtime.torch_session import open_session as open_torch
+
+        return open_torch(place, device=device, threads=threads)
+    if device not in ("auto", "cpu"):
+        raise UsageError(f"ONNX folders run on the CPU; {device} needs the model that was exported", where="--device")
+    from llmcli.runtime.onnx_session import OnnxSession
+
+    return OnnxSession(place, threads=threads)
