@@ -42,7 +42,7 @@ class DecoderGraph:
     """Builds the graph of a decoder, block by block."""
 
     def __init__(self, config: DecoderConfig, weights: ModelWeights, graph: Graph) -> None:
-        self.config, self.weights, self.graph = config, weights, graph
+        self.config, self.weights, self.graph, self.heads = config, weights, graph, weights.heads
 
     def build(self) -> Iterator[int]:
         """Builds it; yields the number of blocks that are done."""
@@ -80,8 +80,9 @@ class DecoderGraph:
     def _tables(self) -> None:
         self.rope: tuple[ir.Value, ...] = ()
         if self.config.model_type != "gpt2":
-            cos, sin = (table.astype(self.graph.numpy_dtype) for table in rope_tables(self.config))
-            self.rope = (self.graph.constant("cos_cache", cos), self.graph.constant("sin_cache", sin))
+            missing = ((0, 0), (0, (self.heads.size - self.heads.own) // 2))  # of entries that are zero: any angle does
+            cos, sin = (np.pad(table, missing) for table in rope_tables(self.config))
+            self.rope = (self.graph.vector("cos_cache", cos), self.graph.vector("sin_cache", sin))
 
     def _embedding(self, ids: ir.Value) -> ir.Value:
         """Embedded tokens; of GPT-2, with those of their positions: (B, T) -> (B, T, C)."""
@@ -89,7 +90,7 @@ class DecoderGraph:
         x = graph.embedded(ids, self.weights.embedding, "embedding")
         if self.config.model_type != "gpt2":
             return x
-        table = graph.constant("transformer.wpe.weight", self.weights.positions.rows().astype(graph.numpy_dtype))
+        table = graph.vector("transformer.wpe.weight", self.weights.positions.rows())
         shape = graph.op("Shape", [ids], "input_ids.shape", start=1, end=2)
         begin = graph.op("Unsqueeze", [graph.op("Sub", [self.sums, shape], "past"), graph.numbers(1)], "past.column")
         zero, one = (graph.constant(f"scalar.{value}", np.array(value, np.int64)) for value in (0, 1))
@@ -100,14 +101,14 @@ class DecoderGraph:
     def _normed(self, residual: ir.Value, added: ir.Value | None, norm: Norm) -> tuple[ir.Value, ir.Value]:
         """(the norm of residual + added, that sum)."""
         graph, epsilon = self.graph, self.config.norm_eps
-        weight = graph.vector(f"{norm.name}.weight", norm.weight)
+        weight = graph.vector(f"{norm.name}.weight", norm.weight.rows())
         if norm.bias is None:
             if added is None:
                 made = graph.op("SimplifiedLayerNormalization", [residual, weight], norm.name, axis=-1, epsilon=epsilon)
                 return made, residual
             kind, given = "SkipSimplifiedLayerNormalization", [residual, added, weight]
         else:
-            bias = graph.vector(f"{norm.name}.bias", norm.bias)
+            bias = graph.vector(f"{norm.name}.bias", norm.bias.rows())
             if added is None:
                 made = graph.op("LayerNormalization", [residual, weight, bias], norm.name, axis=-1, epsilon=epsilon)
                 return made, residual
@@ -136,27 +137,28 @@ class DecoderGraph:
             local_window_size=config.sliding_window or -1,
         )
         for kind, value in zip(("key", "value"), present, strict=True):
-            shape = ("batch", config.num_key_value_heads, "capacity", config.head_dim)
+            shape = ("batch", config.num_key_value_heads, "capacity", self.heads.size)
             graph.output(value, f"present.{index}.{kind}", graph.dtype, shape)
         return graph.linear(attended, layer.output, layer.output_bias, f"{name}.output")
 
     def _cache_input(self, index: int, kind: str) -> ir.Value:
-        shape = ("batch", self.config.num_key_value_heads, "capacity", self.config.head_dim)
+        shape = ("batch", self.config.num_key_value_heads, "capacity", self.heads.size)
         return self.graph.input(f"past_key_values.{index}.{kind}", self.graph.dtype, shape)
 
     def _normed_heads(self, packed: ir.Value, layer: LayerWeights, name: str) -> Iterator[ir.Value]:
         """Query and key, normed head by head, and value: (B, T, H D), (B, T, K D) twice."""
-        config, graph = self.config, self.graph
-        wide, narrow = (count * config.head_dim for count in (config.num_attention_heads, config.num_key_value_heads))
+        config, graph, size = self.config, self.graph, self.heads.size
+        wide, narrow = config.num_attention_heads * size, config.num_key_value_heads * size
+        epsilon = config.norm_eps * self.heads.own / size
         parts = graph.node("Split", [packed, graph.numbers(wide, narrow, narrow)], f"{name}.parts", outputs=3, axis=-1)
         assert layer.head_norms is not None
-        for part, norm, letter, size in zip(parts, layer.head_norms, "qk", (wide, narrow), strict=False):
+        for part, norm, letter, width in zip(parts, layer.head_norms, "qk", (wide, narrow), strict=False):
             weight = graph.vector(f"{layer.name}.self_attn.{letter}_norm.weight", norm)
-            heads = graph.op("Reshape", [part, graph.numbers(0, 0, -1, config.head_dim)], f"{name}.{letter}.heads")
+            heads = graph.op("Reshape", [part, graph.numbers(0, 0, -1, size)], f"{name}.{letter}.heads")
             normed = graph.op(
-                "SimplifiedLayerNormalization", [heads, weight], f"{name}.{letter}", axis=-1, epsilon=config.norm_eps
+                "SimplifiedLayerNormalization", [heads, weight], f"{name}.{letter}", axis=-1, epsilon=epsilon
             )
-            yield graph.op("Reshape", [normed, graph.numbers(0, 0, size)], f"{name}.{letter}.flat")
+            yield graph.op("Reshape", [normed, graph.numbers(0, 0, width)], f"{name}.{letter}.flat")
         yield parts[2]
 
     def _mlp(self, x: ir.Value, layer: LayerWeights) -> ir.Value:

@@ -1,5 +1,7 @@
 """Names and shapes of each family's weights, as Hugging Face's checkpoints have them.
 
+Heads whose size GroupQueryAttention does not take are filled up with zeros, which changes no result.
+
 Invariant: every weight that a graph asks for is named here and nowhere else in `llmcli/onnx`.
 """
 
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llmcli.models.config import DecoderConfig
-from llmcli.onnx.weights import Array, Matrix, Tensor, Weights
+from llmcli.onnx.weights import Array, Held, Matrix, Tensor, Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class LayerWeights:
     down: Matrix
     down_bias: Array | None
     norms: tuple[Norm, Norm]  # before attention, before the feed-forward part
-    head_norms: tuple[Tensor, Tensor] | None = None  # of queries and keys
+    head_norms: tuple[Array, Array] | None = None  # of queries and keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +42,58 @@ class Norm:
     bias: Tensor | None = None
 
 
+class Heads:
+    """Heads as the graph has them: of `size` entries, the model's own at `places`, zeros elsewhere."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        rotary = config.model_type != "gpt2"
+        step = 16 if rotary else 8  # what GroupQueryAttention takes
+        self.own, self.size = config.head_dim, -(-config.head_dim // step) * step
+        self.places = np.arange(self.own)
+        if rotary:  # which turns entry i with entry i + size / 2
+            self.places[self.own // 2 :] += (self.size - self.own) // 2
+
+    def rows(self, matrix: Matrix) -> Matrix:
+        """A matrix whose outputs are heads."""
+        if self.size == self.own:
+            return matrix
+        outputs, inputs = matrix.shape
+        return self._held(matrix, self._filled(matrix.rows(0, outputs).reshape(-1, self.own, inputs), (inputs,)))
+
+    def columns(self, matrix: Matrix) -> Matrix:
+        """A matrix whose inputs are heads."""
+        if self.size == self.own:
+            return matrix
+        outputs = matrix.shape[0]
+        found = np.zeros((outputs, matrix.shape[1] // self.own, self.size), np.float32)
+        found[:, :, self.places] = matrix.rows(0, outputs).reshape(outputs, -1, self.own)
+        return self._held(matrix, found.reshape(outputs, -1))
+
+    def vector(self, values: Array | None) -> Array | None:
+        """A vector over heads: a bias."""
+        return None if values is None else self._filled(values.reshape(-1, self.own), ())
+
+    def norm(self, values: Array) -> Array:
+        """A norm's weight over a head. The mean is taken over more entries, which it makes up for."""
+        found = np.zeros(self.size, np.float32)
+        found[self.places] = values * np.float32(np.sqrt(self.own / self.size))
+        return found
+
+    def _filled(self, values: Array, rest: tuple[int, ...]) -> Array:
+        found = np.zeros((len(values), self.size, *rest), np.float32)
+        found[:, self.places] = values
+        return found.reshape(-1, *rest)
+
+    @staticmethod
+    def _held(matrix: Matrix, values: Array) -> Matrix:
+        return Matrix(matrix.name, (Held(values),))
+
+
 class ModelWeights:
     """The weights of a decoder, part by part."""
 
     def __init__(self, config: DecoderConfig, weights: Weights) -> None:
-        self.config, self.weights = config, weights
+        self.config, self.weights, self.heads = config, weights, Heads(config)
         self.gpt2 = config.model_type == "gpt2"
         # GPT-2's own checkpoint has no `transformer.` prefix.
         bare = self.gpt2 and "wte.weight" in weights
@@ -112,15 +161,13 @@ class ModelWeights:
         norms = (self._norm(f"{name}.input_layernorm", size), self._norm(f"{name}.post_attention_layernorm", size))
         heads = None
         if config.qk_norm:
-            heads = (
-                self._vector(f"{name}.self_attn.q_norm.weight", head),
-                self._vector(f"{name}.self_attn.k_norm.weight", head),
-            )
+            query, key = (self._vector(f"{name}.self_attn.{part}_norm.weight", head).rows() for part in "qk")
+            heads = (self.heads.norm(query), self.heads.norm(key))
         return LayerWeights(
             name,
-            self._matrix(f"{name}.self_attn.qkv_proj", wide + 2 * narrow, size, *qkv),
-            self._bias(config.attention_bias, *qkv),
-            self._matrix(output[0], size, wide),
+            self.heads.rows(self._matrix(f"{name}.self_attn.qkv_proj", wide + 2 * narrow, size, *qkv)),
+            self.heads.vector(self._bias(config.attention_bias, *qkv)),
+            self.heads.columns(self._matrix(output[0], size, wide)),
             self._bias(config.output_bias, output),
             self._matrix(f"{name}.mlp.gate_up_proj", 2 * middle, size, *gate_up),
             self._bias(config.mlp_bias, *gate_up),
@@ -142,5 +189,7 @@ class ModelWeights:
         ):
             parts[field] = self._matrix(f"{name}.{part}", outputs, inputs)
             parts[f"{field}_bias"] = self._bias(True, (f"{name}.{part}", outputs))
+        parts["qkv"], parts["output"] = self.heads.rows(parts["qkv"]), self.heads.columns(parts["output"])
+        parts["qkv_bias"] = self.heads.vector(parts["qkv_bias"])
         norms = (self._norm(f"{name}.ln_1", size), self._norm(f"{name}.ln_2", size))
         return LayerWeights(name=name, norms=norms, **parts)

@@ -16,7 +16,7 @@ from llmcli.files.artefacts import GRAPH
 from llmcli.models.config import DecoderConfig
 from llmcli.onnx.decoder import DecoderGraph
 from llmcli.onnx.external import ExternalData
-from llmcli.onnx.families import ModelWeights
+from llmcli.onnx.families import Heads, ModelWeights
 from llmcli.onnx.graph import Graph
 from llmcli.onnx.quantize import Plan
 from llmcli.onnx.weights import Weights
@@ -42,7 +42,7 @@ def genai_config(config: DecoderConfig, ids: dict[str, Any]) -> dict[str, Any]:
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": GRAPH,
-        "head_size": config.head_dim,
+        "head_size": Heads(config).size,
         "hidden_size": config.hidden_size,
         "inputs": {
             "input_ids": "input_ids",

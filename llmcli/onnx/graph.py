@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from llmcli.onnx.external import ExternalData
 from llmcli.onnx.quantize import BLOCKS, CHANNELS, BlockQuantized, Plan, Scheme, round_channels
-from llmcli.onnx.weights import Array, Matrix, Tensor
+from llmcli.onnx.weights import Array, Matrix
 
 MICROSOFT = "com.microsoft"
 OPSETS = {"": 21, MICROSOFT: 1}
@@ -88,9 +88,9 @@ class Graph:
         """An int64 vector, such as a shape."""
         return self.constant("numbers." + "_".join(map(str, values)), np.array(values, np.int64))
 
-    def vector(self, name: str, tensor: Tensor) -> ir.Value:
-        """A stored vector in the graph's precision: a norm's weight, a bias."""
-        return self.constant(name, tensor.rows().astype(self.numpy_dtype))
+    def vector(self, name: str, values: Array) -> ir.Value:
+        """A vector in the graph's precision: a norm's weight, a bias."""
+        return self.constant(name, values.astype(self.numpy_dtype))
 
     def _hold(self, name: str, tensor: Any) -> ir.Value:
         value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
@@ -110,7 +110,7 @@ class Graph:
     def linear(self, x: ir.Value, matrix: Matrix, bias: Array | None, name: str, *, role: str = "") -> ir.Value:
         """x W^T + bias: (..., inputs) -> (..., outputs), with the operator that the plan says."""
         scheme = self.plan.scheme(matrix.name, matrix.shape, role)
-        added = None if bias is None else self.constant(f"{name}.bias", bias.astype(self.numpy_dtype))
+        added = None if bias is None else self.vector(f"{name}.bias", bias)
         if scheme.kind == BLOCKS:
             return self._block_product(x, matrix, added, scheme, name)
         if scheme.kind == CHANNELS:

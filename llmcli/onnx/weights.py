@@ -61,6 +61,22 @@ class Weights:
         return Tensor(path, entry)
 
 
+class Held:
+    """A tensor that was computed and is in memory."""
+
+    def __init__(self, values: Array) -> None:
+        self.values = values
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+        return self.values.shape
+
+    def rows(self, first: int = 0, last: int | None = None) -> Array:
+        """The slices first to last of the first dimension."""
+        return self.values[first:last]
+
+
 @dataclasses.dataclass(frozen=True)
 class Tensor:
     """A stored tensor."""
@@ -97,7 +113,7 @@ class Matrix:
     """A matrix (outputs, inputs) that a product uses: stored tensors one below the other, or one stored transposed."""
 
     name: str
-    parts: tuple[Tensor, ...]
+    parts: tuple[Tensor | Held, ...]
     transposed: bool = False  # GPT-2 stores (inputs, outputs)
 
     @property

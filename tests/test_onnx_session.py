@@ -1,0 +1,256 @@
+"""The onnxruntime session beside the torch session, which test_families and others hold against transformers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_llmcli
+
+from llmcli.errors import DataError, UsageError
+from llmcli.models.config import DecoderConfig
+from llmcli.models.decoder import Decoder
+from llmcli.models.folder import load_config, save_model
+from llmcli.onnx.folder import write_graph
+from llmcli.onnx.quantize import Plan
+from llmcli.runtime.onnx_session import OnnxSession
+from llmcli.runtime.torch_session import TorchSession
+from llmcli.runtime.torch_session import open_session as open_torch
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "max_position_embeddings": 80,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-llama3": {"rope_scaling": LLAMA3, "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    "llama-odd": {"hidden_size": 36, "head_dim": 10, "intermediate_size": 50},  # no block divides these
+    "qwen3": {"head_dim": 32},
+    "qwen3-odd": {"head_dim": 6},
+    "gpt2-odd": {"hidden_size": 40, "num_key_value_heads": 4, "head_dim": 10, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 7},
+    "qwen2": {"attention_bias": True, "tie_word_embeddings": False},
+    "gpt2": {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
+}
+
+
+def make_model(folder: Path, family: str = "llama", scale: float = 0.2, **more: Any) -> Path:
+    """A model folder whose every weight is drawn."""
+    shape = {**SHAPE, **FAMILIES[family], **more}
+    model = Decoder(DecoderConfig(model_type=family.partition("-")[0], **shape))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, scale, generator=generator)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, folder, special_ids={"eos_token_id": 0})
+    return folder
+
+
+def make_onnx(model: Path, **plan: Any) -> Path:
+    """The model's graph, in a folder beside it."""
+    folder = model.with_name(f"{model.name}-onnx-{'-'.join(map(str, plan.values()))}")
+    folder.mkdir()
+    for _ in write_graph(model, load_config(model), Plan(**plan), folder):
+        pass
+    return folder
+
+
+def both(tmp_path: Path, family: str = "llama", **plan: Any) -> tuple[TorchSession, OnnxSession]:
+    model = make_model(tmp_path / family, family)
+    return open_torch(model, device="cpu", threads=1), OnnxSession(make_onnx(model, **plan), threads=1)
+
+
+def ids_of(count: int, seed: int = 0) -> list[int]:
+    return [int(number) for number in np.random.default_rng(seed).integers(0, 97, count)]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Parity
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_call_gives_what_torch_gives(tmp_path: Path, family: str) -> None:
+    theirs, ours = both(tmp_path, family)
+
+    def compare(call: Any) -> None:
+        assert np.abs(call(ours) - call(theirs)).max() < 1e-3
+        assert ours.lengths == theirs.lengths
+
+    for prompts in ([ids_of(1)], [ids_of(9)], [ids_of(33)], [ids_of(5), ids_of(20, 1), ids_of(1, 2)]):
+        compare(lambda session, prompts=prompts: session.start(prompts))
+        rows = len(prompts)
+        for count, keep in ((1, 1), (1, 1), (3, 2), (1, 1), (4, 4)):
+            fed = np.array([ids_of(count, 10 * row + count) for row in range(rows)])
+            compare(lambda session, fed=fed, keep=keep: session.feed(fed, keep))
+
+
+def test_the_cache_grows_to_the_context_and_no_further(tmp_path: Path) -> None:
+    theirs, ours = both(tmp_path)
+    for session in (theirs, ours):
+        session.start([[5]])
+    for place in range(79):
+        fed = np.array([[place % 97]])
+        assert np.abs(ours.feed(fed) - theirs.feed(fed)).max() < 1e-3
+    for session in (theirs, ours):
+        with pytest.raises(UsageError, match="81 tokens do not fit the model's context of 80"):
+            session.feed(np.array([[1]]))
+        assert session.lengths == [80]
+    with pytest.raises(UsageError, match="81 tokens"):
+        ours.start([ids_of(81)])
+    assert np.abs(ours.start([ids_of(80)]) - theirs.start([ids_of(80)])).max() < 1e-3
+
+
+def test_rewinding_forgets_and_selecting_copies_rows(tmp_path: Path) -> None:
+    theirs, ours = both(tmp_path, "qwen3")
+    for session in (theirs, ours):
+        session.start([ids_of(12), ids_of(7, 1), ids_of(9, 2)])
+        session.rewind([4, 7, 5])
+        session.select([2, 0, 2])
+        assert session.lengths == [5, 4, 5]
+    fed = np.array([ids_of(3, 4), ids_of(3, 5), ids_of(3, 6)])
+    assert np.abs(ours.feed(fed, 3) - theirs.feed(fed, 3)).max() < 1e-3
+    for session in (theirs, ours):
+        session.rewind(2)
+        assert session.lengths == [2, 2, 2]
+    one = fed[:, :1]
+    assert np.abs(ours.feed(one) - theirs.feed(one)).max() < 1e-3
+
+
+def test_scores_are_those_of_torch_and_leave_the_rows_alone(tmp_path: Path) -> None:
+    theirs, ours = both(tmp_path)
+    ids = np.array([ids_of(81), ids_of(81, 1)])
+    wanted = np.zeros((2, 80), np.bool_)
+    wanted[0, 30:] = True
+    wanted[1, [0, 5, 40]] = True
+    ours.start([ids_of(4)])
+    found = ours.score(ids, wanted)
+    assert np.abs(found - theirs.score(ids, wanted)).max() < 1e-3
+    assert not found[~wanted].any()
+    assert ours.lengths == [4]
+    with pytest.raises(UsageError, match="81 tokens"):
+        ours.score(np.zeros((1, 82), np.int64), np.ones((1, 81), np.bool_))
+
+
+def test_what_was_not_started_says_so(tmp_path: Path) -> None:
+    _, ours = both(tmp_path)
+    with pytest.raises(UsageError, match="not started"):
+        ours.feed(np.array([[1]]))
+    for prompts in ([], [[]], [[1], []]):
+        with pytest.raises(UsageError, match="at least one token"):
+            ours.start(prompts)
+    ours.start([[1, 2]])
+    ours.close()
+    assert ours.lengths == []
+    with pytest.raises(UsageError, match="not started"):
+        ours.feed(np.array([[1]]))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Rows
+
+PLANS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "fp16": {"precision": "fp16"},
+    "int8": {"precision": "int8"},
+    "int8 weight-only": {"precision": "int8", "weight_only": True},
+    "int4": {"precision": "int4", "block_size": 32},
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_row_gives_what_it_gives_alone(tmp_path: Path, plan: str) -> None:
+    ours = OnnxSession(make_onnx(make_model(tmp_path / "model"), **PLANS[plan]), threads=1)
+    prompts = [ids_of(size, size) for size in (3, 17, 8, 1)]
+    fed = np.array([ids_of(6, 100 + row) for row in range(4)])
+    together = [ours.start(prompts), *(ours.feed(fed[:, place : place + 1])[:, 0] for place in range(6))]
+    for row, prompt in enumerate(prompts):
+        alone = [ours.start([prompt]), *(ours.feed(fed[row : row + 1, place : place + 1])[:, 0] for place in range(6))]
+        for many, one in zip(together, alone, strict=True):
+            # Sums of float32 are taken in another order where there are several rows.
+            assert np.abs(many[row] - one[0]).max() < 1e-5
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_long_prompt_in_pieces_gives_what_it_gives_whole(
+    tmp_path: Path, plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = OnnxSession(make_onnx(make_model(tmp_path / "model"), **PLANS[plan]), threads=1)
+    whole = ours.start([ids_of(50)])
+    monkeypatch.setattr("llmcli.runtime.onnx_session._CHUNK", 16)
+    pieces = ours.start([ids_of(50)])
+    # DynamicQuantizeMatMul has one scale for all tokens of a run.
+    assert np.abs(pieces - whole).max() < (0.1 if plan == "int8" else 2e-3 if plan == "fp16" else 1e-5)
+    assert ours.feed(np.array([ids_of(30, 1)]), 20).shape == (1, 20, 97)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What is not ours
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "model.onnx.data").unlink(),
+        lambda folder: (folder / "model.onnx.data").write_bytes(b"short"),
+        lambda folder: (folder / "model.onnx").write_bytes(b"no graph"),
+        lambda folder: (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:-100]),
+    ],
+)
+def test_a_damaged_folder_is_one_line(tmp_path: Path, damage: Any) -> None:
+    folder = make_onnx(make_model(tmp_path / "model", hidden_size=128))
+    damage(folder)
+    with pytest.raises(DataError) as caught:
+        OnnxSession(folder)
+    assert str(folder / "model.onnx") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_graph_of_another_maker_is_told_what_is_expected(tmp_path: Path) -> None:
+    import onnx_ir as ir
+
+    x = ir.val("x", ir.DataType.FLOAT, ["n"])
+    y = ir.val("y", ir.DataType.FLOAT, ["n"])
+    graph = ir.Graph([x], [y], nodes=[ir.node("Identity", [x], outputs=[y])], opset_imports={"": 21}, name="g")
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "model.onnx")
+    with pytest.raises(DataError, match=r"lacks input_ids.*expected are input_ids, attention_mask, past_key_values"):
+        OnnxSession(tmp_path)
+
+
+def test_running_a_folder_never_imports_torch(tmp_path: Path) -> None:
+    from small_model import make_model as make_small
+    from small_tokenizer import make_tokenizer
+
+    model = make_small(tmp_path / "model", make_tokenizer(tmp_path / "tokenizer"))
+    ended: Any = run_llmcli("export", model, "-o", tmp_path / "onnx", "--precision", "fp32", "--no-check")
+    assert ended.returncode == 0, ended.stderr
+    script = (
+        "import sys\n"
+        "from llmcli.cli.main import main\n"
+        "main(['generate', '-m', sys.argv[1], 'The', '--max-new-tokens', '5', '--temp', '0'], standalone_mode=False)\n"
+        "main(['complete', '-m', sys.argv[1], 'The'], standalone_mode=False)\n"
+        "heavy = {'torch', 'onnx', 'onnx_ir', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert 'onnxruntime' in sys.modules\n"
+    )
+    import subprocess
+
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "onnx")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
