@@ -8,7 +8,7 @@ import click
 
 from llmcli.cli.options import GroupedCommand, is_json, overwrite_option, settings, shared_options
 from llmcli.cli.streams import notice, write_json, write_out
-from llmcli.config import ExportConfig
+from llmcli.config import ExportConfig, TextConfig
 
 if TYPE_CHECKING:
     from llmcli.operations.export import ExportReport
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 @click.argument("model", metavar="MODEL")
 @click.option("-o", "--output", required=True, metavar="DIR", help="Folder to make.")
 @overwrite_option
-@settings(ExportConfig)
+@settings(ExportConfig, TextConfig)
 @shared_options
-def export(model: str, output: str, overwrite: bool, export_config: ExportConfig) -> None:
+def export(model: str, output: str, overwrite: bool, export_config: ExportConfig, text_config: TextConfig) -> None:
     """Export a model as an ONNX folder that runs fast and proves itself.
 
     MODEL is a model folder or a run. The folder is compared with the model before it gets its name: logits, cached
@@ -36,7 +36,7 @@ def export(model: str, output: str, overwrite: bool, export_config: ExportConfig
     from llmcli.operations.export import export as run
 
     with progress("export") as show:
-        for record in run(model, output, export_config, overwrite=overwrite):
+        for record in run(model, output, export_config, text_config, overwrite=overwrite):
             if isinstance(record, ExportReport):
                 report = record
             else:
@@ -50,5 +50,13 @@ def export(model: str, output: str, overwrite: bool, export_config: ExportConfig
 def _show(report: ExportReport) -> None:
     from llmcli.cli.info import size
 
-    notice(f"size       {size(report.size_bytes)} of {size(report.source_bytes)}")
+    sizes = f"{size(report.source_bytes)} -> {size(report.size_bytes)}"
+    notice(f"size         {sizes}, {report.bits_per_weight:g} bits a weight")
+    found = report.checks
+    if found is not None:
+        increase = found.perplexity_increase_percent
+        notice(f"perplexity   {found.perplexity_before:.4f} -> {found.perplexity_after:.4f} ({increase:+.3f} %)")
+        notice(f"agreement    top-1 {100 * found.top1_agreement:.2f} %, KL {found.kl_divergence:.6f} nats a token")
+        notice(f"prefill      {found.prefill_before:,.0f} -> {found.prefill_after:,.0f} tokens/s")
+        notice(f"decode       {found.decode_before:,.0f} -> {found.decode_after:,.0f} tokens/s")
     write_out(f"{report.output}\n")

@@ -5,6 +5,8 @@ Invariant: what is written is model.onnx with model.onnx.data beside it; no path
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,16 +24,32 @@ from llmcli.onnx.quantize import Plan
 from llmcli.onnx.weights import Weights
 
 
-def write_graph(source: Path, config: DecoderConfig, plan: Plan, folder: Path) -> Iterator[int]:
-    """Writes the graph of the model in `source` into the staged `folder`; yields the number of blocks that are done."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class GraphFigures:
+    """What a graph's matrices take: numbers in them, bytes for them, and how many there are of each kind."""
+
+    weights: int
+    bytes: int
+    kinds: dict[str, int]
+
+
+def write_graph(source: Path, config: DecoderConfig, plan: Plan, folder: Path) -> Iterator[int | GraphFigures]:
+    """Writes the graph of the model in `source` into the staged `folder`.
+
+    Yields the number of blocks that are done, last the figures.
+    """
     with ExternalData(folder / f"{GRAPH}.data") as data:
-        decoder = DecoderGraph(config, ModelWeights(config, Weights(source)), Graph(plan, data))
+        graph = Graph(plan, data)
+        decoder = DecoderGraph(config, ModelWeights(config, Weights(source)), graph)
         yield from decoder.build()
         content = ir.serde.serialize_model(decoder.finished()).SerializeToString()
     try:
         (folder / GRAPH).write_bytes(content)
     except OSError as error:
         raise from_os_error(error, folder / GRAPH) from error
+    matrices = graph.matrices.values()
+    kinds = Counter(str(scheme) for _, _, scheme in matrices)
+    yield GraphFigures(sum(item[0] for item in matrices), sum(item[1] for item in matrices), dict(kinds))
 
 
 def genai_config(config: DecoderConfig, ids: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llmcli.onnx.external import ExternalData
-from llmcli.onnx.quantize import BLOCKS, CHANNELS, BlockQuantized, Plan, Scheme, round_channels
+from llmcli.onnx.quantize import BLOCKS, CHANNELS, FLOAT, BlockQuantized, Plan, Scheme, round_channels
 from llmcli.onnx.weights import Array, Matrix
 
 MICROSOFT = "com.microsoft"
@@ -33,6 +33,7 @@ class Graph:
         self.numpy_dtype: Any = np.float16 if half else np.float32
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
+        self.matrices: dict[str, tuple[int, int, Scheme]] = {}  # weights, bytes and scheme by name
         self._nodes: list[ir.Node] = []
         self._constants: dict[str, ir.Value] = {}
 
@@ -101,7 +102,8 @@ class Graph:
         """A matrix (outputs, inputs) in the graph's precision, piece by piece."""
         if name not in self._constants:
             pieces = (piece.astype(self.numpy_dtype, copy=False) for piece in matrix.pieces())
-            self._hold(name, self.data.add(name, pieces, matrix.shape))
+            stored = self._hold(name, self.data.add(name, pieces, matrix.shape))
+            self._account(matrix, Scheme(FLOAT, 8 * self.numpy_dtype().itemsize), stored)
         return self._constants[name]
 
     # ------------------------------------------------------------------------------------------------------------
@@ -132,9 +134,9 @@ class Graph:
         stem = f"{matrix.name}.weight"
         if f"{stem}.int8" not in self._constants:
             found = round_channels(matrix.rows(0, matrix.shape[0]))
-            self.constant(f"{stem}.int8", found.data)
-            self.constant(f"{stem}.scale", found.scales)
-            self.constant(f"{stem}.zero", np.zeros(matrix.shape[0], np.int8))
+            held = [self.constant(f"{stem}.int8", found.data), self.constant(f"{stem}.scale", found.scales)]
+            held.append(self.constant(f"{stem}.zero", np.zeros(matrix.shape[0], np.int8)))
+            self._account(matrix, Scheme(CHANNELS, 8), *held)
         given = [x, *(self._constants[f"{stem}.{part}"] for part in ("int8", "scale", "zero")), bias]
         return self.op("DynamicQuantizeMatMul", given if bias else given[:-1], name, domain=MICROSOFT)
 
@@ -163,12 +165,17 @@ class Graph:
             found: list[BlockQuantized] = []
             for piece in matrix.pieces(_QUANTIZED_AT_ONCE):
                 found.append(self.plan.quantizer.blocks(matrix.name, piece, scheme, moment))
-            self.constant(f"{stem}.codes", _joined([each.data for each in found]))
-            self.constant(f"{stem}.scales", _joined([each.scales for each in found]))
+            held = [self.constant(f"{stem}.codes", _joined([each.data for each in found]))]
+            held.append(self.constant(f"{stem}.scales", _joined([each.scales for each in found])))
             zero_points = [each.zero_points for each in found if each.zero_points is not None]
             if zero_points:
-                self.constant(f"{stem}.zeros", _joined(zero_points))
+                held.append(self.constant(f"{stem}.zeros", _joined(zero_points)))
+            self._account(matrix, scheme, *held)
         return self._constants[f"{stem}.codes"], self._constants[f"{stem}.scales"], self._constants.get(f"{stem}.zeros")
+
+    def _account(self, matrix: Matrix, scheme: Scheme, *held: ir.Value) -> None:
+        size = sum(value.const_value.nbytes for value in held if value.const_value is not None)
+        self.matrices[matrix.name] = (matrix.shape[0] * matrix.shape[1], size, scheme)
 
     # ------------------------------------------------------------------------------------------------------------
 

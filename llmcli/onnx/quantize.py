@@ -31,6 +31,10 @@ class Scheme:
     bits: int = 32
     block_size: int = 0
 
+    def __str__(self) -> str:
+        blocks = f", blocks of {self.block_size}" if self.kind == BLOCKS else ""
+        return f"{'float' if self.kind == FLOAT else 'int'}{self.bits}{blocks}"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlockQuantized:

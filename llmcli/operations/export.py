@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcli import config as configs
-from llmcli.config import ExportConfig
+from llmcli.config import ExportConfig, TextConfig
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
 from llmcli.errors import ConfigError, DataError
 from llmcli.files.artefacts import has_manifest, read_json, resolve_model, size_of
@@ -21,10 +21,13 @@ from llmcli.files.atomic import refuse_existing, staged_folder, write_file, writ
 from llmcli.files.manifest import read_manifest, sha256_of, versions, write_manifest
 from llmcli.files.tensors import weight_files
 from llmcli.models.config import DecoderConfig, read_config
+from llmcli.operations.export_text import ReferenceText
 from llmcli.operations.records import Progress
 
 if TYPE_CHECKING:
+    from llmcli.onnx.folder import GraphFigures
     from llmcli.onnx.quantize import Plan
+    from llmcli.operations.export_check import CheckReport
 
 CONFIG, GENERATION, GENAI, REPORT = "config.json", "generation_config.json", "genai_config.json", "export.json"
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -36,25 +39,28 @@ class ExportReport:
 
     output: str
     precision: str
-    bits_per_weight: float
-    size_bytes: int
-    source_bytes: int
-    seconds: float
-    checks: dict[str, Any] | None
+    parameters: int  # in matrices
+    bits_per_weight: float  # of all matrices, embedding and head among them
+    size_bytes: int  # of the graph and its data
+    source_bytes: int  # of the model's weights
+    seconds: float  # without the checks
+    checks: CheckReport | None
 
 
 def export(
     model: str | Path,
     output: str | Path,
     config: ExportConfig = ExportConfig(),  # noqa: B008  (frozen)
+    text: TextConfig = TextConfig(),  # noqa: B008
     *,
     overwrite: bool = False,
 ) -> Iterator[Progress | ExportReport]:
-    """Exports a model folder or a run. Yields Progress, last an ExportReport.
+    """Exports a model folder or a run; `text`: how the calibration text is read. Yields Progress, last an ExportReport.
 
     Raises CheckError where the graph does not give what the model gives; nothing is left at `output` then.
     """
     configs.check(config)
+    configs.check(text)
     refuse_existing(output, overwrite=overwrite)
     began = time.perf_counter()
     folder = resolve_model(model, onnx=False)
@@ -66,22 +72,32 @@ def export(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {shape.vocab_size}", where=str(folder)
         )
     plan = plan_of(config)
+    windows = None
+    if config.check:
+        windows = ReferenceText(tokenizer, config.calibration, text, shape.max_position_embeddings)
     with staged_folder(output, overwrite=overwrite) as staged:
-        yield from _write(folder, shape, plan, staged)
+        figures = yield from _write(folder, shape, plan, staged)
+        size, seconds = size_of(staged), time.perf_counter() - began
         _write_files(folder, settings, shape, tokenizer, staged)
-        checks = None
+        checks: CheckReport | None = None
+        for record in _checks(folder, staged, windows, figures.weights, config):
+            if isinstance(record, Progress):
+                yield record
+            else:
+                checks = record
         report = ExportReport(
             output=str(output),
             precision=config.precision,
-            bits_per_weight=0.0,
-            size_bytes=size_of(staged),
+            parameters=figures.weights,
+            bits_per_weight=round(8 * figures.bytes / figures.weights, 3),
+            size_bytes=size,
             source_bytes=sum(path.stat().st_size for path in weight_files(folder)),
-            seconds=round(time.perf_counter() - began, 3),
+            seconds=round(seconds, 3),
             checks=checks,
         )
         content = dataclasses.asdict(report)
         del content["output"]
-        write_json(staged / REPORT, {"settings": dataclasses.asdict(config), **content})
+        write_json(staged / REPORT, {"settings": dataclasses.asdict(config), "matrices": figures.kinds, **content})
         write_manifest(staged, _lineage(folder, tokenizer))
     yield report
 
@@ -101,11 +117,24 @@ def plan_of(config: ExportConfig) -> Plan:
     )
 
 
-def _write(folder: Path, shape: DecoderConfig, plan: Plan, staged: Path) -> Iterator[Progress]:
-    from llmcli.onnx.folder import write_graph
+def _write(folder: Path, shape: DecoderConfig, plan: Plan, staged: Path) -> Generator[Progress, None, GraphFigures]:
+    from llmcli.onnx.folder import GraphFigures, write_graph
 
-    for done in write_graph(folder, shape, plan, staged):
-        yield Progress("export", done, shape.num_hidden_layers, "layers")
+    for record in write_graph(folder, shape, plan, staged):
+        if isinstance(record, GraphFigures):
+            return record
+        yield Progress("export", record, shape.num_hidden_layers, "layers")
+    raise AssertionError("a graph ends with its figures")
+
+
+def _checks(
+    folder: Path, staged: Path, text: ReferenceText | None, parameters: int, config: ExportConfig
+) -> Iterator[Progress | CheckReport]:
+    """The gate, where it is asked for."""
+    if text is not None:
+        from llmcli.operations.export_check import check_export
+
+        yield from check_export(folder, staged, text, parameters, config)
 
 
 def _write_files(
