@@ -223,14 +223,21 @@ def test_a_damaged_folder_is_one_line(tmp_path: Path, damage: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_graph_of_another_maker_is_told_what_is_expected(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("operator", "message"),
+    [
+        ("Neg", r"lacks input_ids.*expected are input_ids, attention_mask, past_key_values"),
+        ("Loop", r"the operator Loop is none of those that `llmcli export` writes"),
+    ],
+)
+def test_a_graph_of_another_maker_is_told_what_is_expected(tmp_path: Path, operator: str, message: str) -> None:
     import onnx_ir as ir
 
     x = ir.val("x", ir.DataType.FLOAT, ["n"])
     y = ir.val("y", ir.DataType.FLOAT, ["n"])
-    graph = ir.Graph([x], [y], nodes=[ir.node("Identity", [x], outputs=[y])], opset_imports={"": 21}, name="g")
+    graph = ir.Graph([x], [y], nodes=[ir.node(operator, [x], outputs=[y])], opset_imports={"": 21}, name="g")
     ir.save(ir.Model(graph, ir_version=10), tmp_path / "model.onnx")
-    with pytest.raises(DataError, match=r"lacks input_ids.*expected are input_ids, attention_mask, past_key_values"):
+    with pytest.raises(DataError, match=message):
         OnnxSession(tmp_path)
 
 

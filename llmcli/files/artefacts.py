@@ -97,6 +97,11 @@ def is_onnx(folder: Path) -> bool:
     return (folder / GRAPH).is_file() and not any((folder / name).is_file() for name in _WEIGHTS)
 
 
+def onnx_paths(folder: Path) -> list[Path]:
+    """The files of a graph: itself, and its data where there is some."""
+    return [path for path in (folder / GRAPH, folder / f"{GRAPH}.data") if path.is_file()]
+
+
 def has_manifest(folder: Path) -> bool:
     """Whether the folder says what is in it."""
     return (folder / MANIFEST).is_file()

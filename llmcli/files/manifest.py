@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for package in ("llmcli", "torch", "tokenizers", "numpy"):
+    for package in ("llmcli", "torch", "tokenizers", "numpy", "onnx-ir", "onnxruntime"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -6,7 +6,6 @@ Invariant: the output place holds a folder that passed its checks, or what it he
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -161,4 +160,4 @@ def _lineage(folder: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
         files = {name: entry["sha256"] for name, entry in read_manifest(folder)["files"].items()}
     else:
         files = {path.name: sha256_of(path) for path in (folder / CONFIG, *weight_files(folder))}
-    return {"parent": json.dumps(files, sort_keys=True), "tokenizer": tokenizer.hash, **versions()}
+    return {"parent": files, "tokenizer": tokenizer.hash, **versions()}

@@ -113,8 +113,10 @@ class _Tally:
 
     def add(self, before: Logits, after: Logits, targets: Ids | None = None) -> None:
         """Takes logits (n, V) of the same positions, and the tokens that follow them."""
-        if not np.isfinite(after).all():
-            raise CheckError("the graph gives logits that are not finite (NaN or infinite); nothing was written")
+        # Both: quantizing activations turns NaN into numbers.
+        for whose, logits in (("model", before), ("graph", after)):
+            if not np.isfinite(logits).all():
+                raise CheckError(f"the {whose} gives logits that are not finite (NaN or infinite)")
         difference = after - before
         self.largest = max(self.largest, float(np.abs(difference).max()))
         self._logits += before.size

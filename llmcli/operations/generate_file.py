@@ -19,7 +19,7 @@ from llmcli import config as configs
 from llmcli.config import GenerateConfig, SamplingConfig
 from llmcli.data.rows import Row, read_rows
 from llmcli.errors import DataError, UsageError, from_os_error
-from llmcli.files.artefacts import has_manifest, resolve_model
+from llmcli.files.artefacts import has_manifest, is_onnx, onnx_paths, resolve_model
 from llmcli.files.journal import Journal
 from llmcli.files.manifest import read_manifest, sha256_of
 from llmcli.files.tensors import weight_files
@@ -178,7 +178,8 @@ class _Keys:
         if has_manifest(folder):
             files = {name: entry["sha256"] for name, entry in read_manifest(folder)["files"].items()}
         else:
-            paths = [*(folder / name for name in _SAID if (folder / name).is_file()), *weight_files(folder)]
+            weights = onnx_paths(folder) if is_onnx(folder) else weight_files(folder)
+            paths = [*(folder / name for name in _SAID if (folder / name).is_file()), *weights]
             files = {path.name: sha256_of(path) for path in paths}
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _OF_THE_MACHINE}
         self._begin = json.dumps([files, settings, dataclasses.asdict(sampling)], sort_keys=True)

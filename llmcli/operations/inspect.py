@@ -15,6 +15,7 @@ from llmcli.config import read_toml
 from llmcli.errors import ConfigError, LlmcliError
 from llmcli.files import artefacts
 from llmcli.files.manifest import MANIFEST, manifest_problems, read_manifest
+from llmcli.files.onnx_header import read_onnx
 from llmcli.files.tensors import tensors_of
 from llmcli.models.config import read_config
 
@@ -31,7 +32,7 @@ class Description:
 
 
 def describe(path: str | Path) -> Description:
-    """Describes a tokenizer, corpus, run, checkpoint or model. Raises DataError when it is none of them."""
+    """Describes a tokenizer, corpus, run, checkpoint, model or ONNX folder. Raises DataError for anything else."""
     kind = artefacts.kind_of(path)
     readers: dict[str, Callable[[Path], dict[str, Any]]] = {
         "tokenizer": _tokenizer,
@@ -39,6 +40,7 @@ def describe(path: str | Path) -> Description:
         "run": _run,
         "checkpoint": _checkpoint,
         "model": _model,
+        "onnx": _onnx,
     }
     return Description(str(path), kind, readers[kind](Path(path)))
 
@@ -119,6 +121,27 @@ def _model(folder: Path) -> dict[str, Any]:
     facts["tensors"] = len(entries)
     facts["dtype"] = ", ".join(sorted({entry.dtype for entry in entries.values()}))
     facts["weight_bytes"] = sum(entry.end - entry.start for entry in entries.values())
+    return {**facts, **_beside(folder)}
+
+
+def _onnx(folder: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    if (folder / "config.json").is_file():
+        facts.update(_shape(artefacts.read_json(folder / "config.json"), str(folder / "config.json")))
+    header = read_onnx(folder / artefacts.GRAPH)
+    facts |= {name.removeprefix("llmcli."): value for name, value in header.metadata.items()}
+    facts["context"] = int(header.metadata.get("llmcli.context", 0)) or None
+    facts["nodes"], facts["operators"] = sum(header.operators.values()), header.operators
+    facts["size_bytes"] = sum(path.stat().st_size for path in artefacts.onnx_paths(folder))
+    if (folder / "export.json").is_file():
+        report = artefacts.read_json(folder / "export.json")
+        facts |= {key: report[key] for key in ("parameters", "bits_per_weight", "matrices", "checks") if key in report}
+    return {**facts, **_beside(folder)}
+
+
+def _beside(folder: Path) -> dict[str, Any]:
+    """What stands beside a model: its tokenizer, its manifest."""
+    facts: dict[str, Any] = {}
     if (folder / "tokenizer.json").is_file():
         try:
             tokenizer = _tokenizer(folder)

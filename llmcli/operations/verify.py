@@ -20,8 +20,10 @@ from llmcli.data.corpus import CORPUS, open_corpus
 from llmcli.errors import LlmcliError
 from llmcli.files import artefacts
 from llmcli.files.manifest import manifest_problems, sha256_of
+from llmcli.files.onnx_header import NAMES, read_onnx
 from llmcli.files.safetensors_header import TensorEntry, read_header
 from llmcli.files.tensors import tensors_of, weight_files
+from llmcli.models.config import read_config
 
 _PIECE = 1 << 22  # ids or weights looked at at once: memory stays small whatever the size
 _TOKENIZER_FILES = ("tokenizer", "vocab.json", "merges.txt", "special_tokens_map.json")
@@ -48,6 +50,7 @@ def verify(path: str | Path, *, values: bool = False) -> Verdict:
         "run": lambda: _run(place, values),
         "checkpoint": lambda: _checkpoint(place, values),
         "model": lambda: _model(place, values),
+        "onnx": lambda: _onnx(place, values),
     }
     problems = tuple(dict.fromkeys(_collected(checks[kind], place)))
     return Verdict(str(path), kind, not problems, problems)
@@ -156,18 +159,23 @@ def _shape_problems(folder: Path, entries: Mapping[str, TensorEntry]) -> Iterato
 
     config = load_config(folder)
     yield from weight_problems(config, family_names(config, entries))
+    yield from _special_ids(folder, config.vocab_size)
+
+
+def _special_ids(folder: Path, vocabulary: int) -> Iterator[str]:
+    """The ids that a config names, and the tokenizer, against the rows of the embedding."""
     settings = artefacts.read_json(folder / "config.json")
     for key in _ID_KEYS:
         for identity in _as_list(settings.get(key)):
-            if not isinstance(identity, int) or not 0 <= identity < config.vocab_size:
-                yield f"config.json: {key} = {identity!r}, the vocabulary has {config.vocab_size} tokens"
+            if not isinstance(identity, int) or not 0 <= identity < vocabulary:
+                yield f"config.json: {key} = {identity!r}, the vocabulary has {vocabulary} tokens"
     if not (folder / "tokenizer.json").is_file():
         yield "tokenizer.json: missing"
         return
     problems = list(_tokenizer(folder))
     yield from problems
     if not problems:
-        yield from _embedding_problems(folder, config.vocab_size)
+        yield from _embedding_problems(folder, vocabulary)
 
 
 def _embedding_problems(folder: Path, rows: int) -> Iterator[str]:
@@ -176,6 +184,31 @@ def _embedding_problems(folder: Path, rows: int) -> Iterator[str]:
     size = load_tokenizer(folder).vocab_size
     if size > rows:
         yield f"tokenizer.json: has {size} tokens, the embedding {rows} rows"
+
+
+def _onnx(folder: Path, values: bool) -> Iterator[str]:
+    yield from _manifest(folder)
+    problems = _errors(lambda: read_onnx(folder / artefacts.GRAPH), folder)
+    yield from problems
+    if not problems and values:
+        yield from _constant_problems(folder)
+    config = read_config(artefacts.read_json(folder / "config.json"), str(folder / "config.json"))
+    yield from _special_ids(folder, config.vocab_size)
+    for name in ("genai_config.json", "export.json"):
+        yield from _errors(partial(artefacts.read_json, folder / name), folder)
+
+
+def _constant_problems(folder: Path) -> Iterator[str]:
+    """Constants beside the graph that hold NaN or an infinity."""
+    path = folder / f"{artefacts.GRAPH}.data"
+    for tensor in read_onnx(folder / artefacts.GRAPH).tensors:
+        kind = NAMES[tensor.dtype]
+        if tensor.location is None or not kind.startswith("float") or not tensor.length:
+            continue
+        numbers = np.memmap(path, kind, "r", tensor.offset, (tensor.count,))
+        bad = sum(int((~np.isfinite(piece)).sum()) for piece in np.array_split(numbers, -(-tensor.count // _PIECE)))
+        if bad:
+            yield f"{path.name}: {tensor.name}: {bad} of {tensor.count} values are not finite"
 
 
 def _as_list(value: Any) -> list[Any]:

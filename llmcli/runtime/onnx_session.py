@@ -18,8 +18,10 @@ import numpy.typing as npt
 from llmcli.data.cores import available_cores
 from llmcli.errors import DataError, UsageError
 from llmcli.files.artefacts import GRAPH
+from llmcli.files.onnx_header import read_onnx
 from llmcli.runtime.session import Ids, Logits, Mask
 
+CONTEXT, ROWS = "llmcli.context", "llmcli.rows"  # facts of the graph: its context; whether rows are "independent"
 _SCORED = 1 << 23  # logits that scoring holds at once
 _CHUNK = 512  # tokens of a row that one run takes: attention holds heads x chunk x capacity numbers
 _HEADROOM = 64  # entries beyond the prompt that the cache begins with
@@ -29,6 +31,7 @@ class OnnxSession:
     """A `Session` over a graph of onnxruntime on the CPU."""
 
     def __init__(self, folder: Path, *, threads: int | None = None) -> None:
+        facts = _GraphFacts(folder)
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -39,7 +42,7 @@ class OnnxSession:
             self._engine = onnxruntime.InferenceSession(str(folder / GRAPH), options, ["CPUExecutionProvider"])
         except Exception as error:  # the library raises its own kinds
             raise DataError(f"cannot be opened: {_reason(error)}", where=str(folder / GRAPH)) from error
-        self._shape = _GraphShape(self._engine, folder)
+        self._shape = _GraphShape(self._engine, facts)
         self.vocab_size, self.context = self._shape.vocab_size, self._shape.context
         self._rows = _Rows(self._engine, self._shape, 0, 1)
         self._started = False
@@ -124,19 +127,18 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-class _GraphShape:
-    """What the graph's inputs and outputs say of the model."""
+class _GraphFacts:
+    """What the graph's file says, checked before the library sees it."""
 
-    def __init__(self, engine: Any, folder: Path) -> None:
-        inputs = {item.name: item for item in engine.get_inputs()}
-        outputs = {item.name: item for item in engine.get_outputs()}
-        optional = {item.name for item in engine.get_overridable_initializers()}
-        self.layers = sum(name.endswith(".key") for name in inputs)
-        wanted = ["input_ids", "attention_mask", *self._caches("past_key_values")]
-        missing = [name for name in wanted if name not in inputs]
-        missing += [name for name in ("logits", *self._caches("present")) if name not in outputs]
-        missing += [name for name in ("num_logits_to_keep",) if name not in optional]
-        odd = sorted(set(inputs) - set(wanted))
+    def __init__(self, folder: Path) -> None:
+        header = read_onnx(folder / GRAPH)
+        self.layers = sum(name.endswith(".key") for name in header.inputs)
+        inputs = ["input_ids", "attention_mask", *self._caches("past_key_values"), "num_logits_to_keep"]
+        outputs = ["logits", *self._caches("present")]
+        missing = [name for name in inputs if name not in header.inputs]
+        missing += [name for name in outputs if name not in header.outputs]
+        missing += [f"the fact {name}" for name in (CONTEXT, ROWS) if name not in header.metadata]
+        odd = sorted(set(header.inputs) - set(inputs))
         if missing or odd or not self.layers:
             told = f"lacks {', '.join(missing[:4])}" if missing else f"asks for {', '.join(odd[:4])}"
             raise DataError(
@@ -144,16 +146,25 @@ class _GraphShape:
                 "past_key_values.N.key|value and num_logits_to_keep (optional) to logits and present.N.key|value",
                 where=str(folder / GRAPH),
             )
-        cache = inputs["past_key_values.0.key"]
-        self.dtype: Any = np.float16 if cache.type == "tensor(float16)" else np.float32
-        self.heads, self.head_dim = int(cache.shape[1]), int(cache.shape[3])
-        self.vocab_size = int(outputs["logits"].shape[-1])
-        facts = engine.get_modelmeta().custom_metadata_map
-        self.context = int(facts["llmcli.context"])
-        self.independent = facts.get("llmcli.rows") == "independent"
+        context = header.metadata[CONTEXT]
+        if not (context.isascii() and context.isdigit() and 0 < int(context) < 2**31):
+            raise DataError(f"names {context[:40]!r} as its context", where=str(folder / GRAPH))
+        self.context, self.independent = int(context), header.metadata[ROWS] == "independent"
 
     def _caches(self, stem: str) -> list[str]:
         return [f"{stem}.{layer}.{kind}" for layer in range(self.layers) for kind in ("key", "value")]
+
+
+class _GraphShape:
+    """The sizes of the graph's cache and logits."""
+
+    def __init__(self, engine: Any, facts: _GraphFacts) -> None:
+        cache = next(item for item in engine.get_inputs() if item.name == "past_key_values.0.key")
+        logits = next(item for item in engine.get_outputs() if item.name == "logits")
+        self.layers, self.context, self.independent = facts.layers, facts.context, facts.independent
+        self.dtype: Any = np.float16 if cache.type == "tensor(float16)" else np.float32
+        self.heads, self.head_dim = int(cache.shape[1]), int(cache.shape[3])
+        self.vocab_size = int(logits.shape[-1])
 
 
 class _Binding:
