@@ -422,3 +422,27 @@ def test_verify_names_what_is_wrong_with_a_folder(llmcli: Run, tmp_path: Path, m
     assert "model.onnx.data: has " in ended.stdout
     assert "genai_config.json:1:2: is not valid JSON" in ended.stdout
     assert "export.json: no such file or folder" in ended.stdout
+
+
+def test_a_second_graph_reads_prompts_over_the_same_cache(tmp_path: Path, text: str) -> None:
+    source = make_model(tmp_path / "model", "qwen3")
+    report = run(source, tmp_path / "out", precision="int4", prefill="int8", calibration=text)
+    assert (tmp_path / "out" / "prefill.onnx").is_file()
+    assert verify(tmp_path / "out", values=True).problems == ()
+    assert report.checks is not None
+    assert 9 < report.bits_per_weight < 14
+    alone = run(source, tmp_path / "alone", precision="int4", check=False)
+    assert report.size_bytes < 3.2 * alone.size_bytes  # embedding and tables are not there twice
+    sessions = [OnnxSession(tmp_path / "out", threads=1, prefill=second) for second in (True, False)]
+    ids = list(range(1, 60))
+    found = [session.start([ids]) for session in sessions]
+    assert np.abs(found[0] - found[1]).max() > 1e-4  # the graphs are two
+    spread = found[1].std()
+    for _ in range(4):
+        fed = [session.feed(np.array([[7]])) for session in sessions]
+        assert np.sqrt(((fed[0] - fed[1]) ** 2).mean()) < 0.5 * spread
+    # Few tokens, such as drafts, and scores are the first graph's alone.
+    for call in (lambda s: s.start([ids[:9]]), lambda s: s.score(np.array([ids]), np.ones((1, 58), np.bool_))):
+        assert np.array_equal(*(call(session) for session in sessions))
+    with pytest.raises(ConfigError, match="int4 alone"):
+        run(source, tmp_path / "no", precision="int8", prefill="int8")

@@ -52,7 +52,7 @@ STAGED = {
     "operations/prepare.py:_kept": "a pipe's bytes, into the staged folder",
     "models/folder.py:save_model": "writes config.json beside the weights, into the staged folder it is given",
     "onnx/external.py:ExternalData.__init__": "the large tensors, into the staged folder it is given",
-    "onnx/folder.py:write_graph": "the graph, into the staged folder it is given",
+    "onnx/folder.py:_write": "the graph, into the staged folder it is given",
     "operations/run_folder.py:RunFolder.save": "a checkpoint's files, into the staged folder it is given",
     "operations/run_folder.py:RunFolder.save_result": "the tokenizer beside the model, into its staged folder",
 }

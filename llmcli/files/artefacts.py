@@ -19,6 +19,7 @@ RUN_CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
 RESULT = "model"  # the folder in a run that holds its best model
 GRAPH = "model.onnx"
+PREFILL = "prefill.onnx"  # a second graph over the same cache and data, which reads prompts
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _EXPECTED = (
     "tokenizer.json (a tokenizer), corpus.json (a corpus), config.toml with checkpoints/ (a run) "
@@ -99,7 +100,7 @@ def is_onnx(folder: Path) -> bool:
 
 def onnx_paths(folder: Path) -> list[Path]:
     """The files of a graph: itself, and its data where there is some."""
-    return [path for path in (folder / GRAPH, folder / f"{GRAPH}.data") if path.is_file()]
+    return [path for path in (folder / GRAPH, folder / PREFILL, folder / f"{GRAPH}.data") if path.is_file()]
 
 
 def has_manifest(folder: Path) -> bool:

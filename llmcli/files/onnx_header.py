@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llmcli.errors import DataError, from_os_error
+from llmcli.files.artefacts import GRAPH
 
 MAX_BYTES = 1 << 30  # large tensors stand beside the graph
 _MAX_SIZE = 1 << 62
@@ -239,7 +240,7 @@ def _packed(data: memoryview) -> list[int]:
 
 def _check_external(path: Path, header: OnnxHeader) -> None:
     """The tensors outside the graph: in the file beside it, and there whole."""
-    wanted = f"{path.name}.data"
+    wanted = f"{GRAPH}.data"
     ends = [(tensor.offset + tensor.length, tensor) for tensor in header.tensors if tensor.location is not None]
     for _, tensor in ends:
         if tensor.location != wanted:

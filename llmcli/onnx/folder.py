@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from llmcli.errors import from_os_error
-from llmcli.files.artefacts import GRAPH
+from llmcli.files.artefacts import GRAPH, PREFILL
 from llmcli.models.config import DecoderConfig
 from llmcli.onnx.decoder import DecoderGraph
 from llmcli.onnx.external import ExternalData
@@ -33,23 +33,44 @@ class GraphFigures:
     kinds: dict[str, int]
 
 
-def write_graph(source: Path, config: DecoderConfig, plan: Plan, folder: Path) -> Iterator[int | GraphFigures]:
+def write_graph(
+    source: Path, config: DecoderConfig, plan: Plan, folder: Path, *, prefill: bool = False
+) -> Iterator[int | GraphFigures]:
     """Writes the graph of the model in `source` into the staged `folder`.
 
-    Yields the number of blocks that are done, last the figures.
+    `prefill`: with a second graph over the same cache and the same data, which reads prompts in int8. Yields the number
+    of blocks that are done, last the figures.
     """
+    weights = ModelWeights(config, Weights(source))
     with ExternalData(folder / f"{GRAPH}.data") as data:
         graph = Graph(plan, data)
-        decoder = DecoderGraph(config, ModelWeights(config, Weights(source)), graph)
+        decoder = DecoderGraph(config, weights, graph)
         yield from decoder.build()
-        content = ir.serde.serialize_model(decoder.finished()).SerializeToString()
-    try:
-        (folder / GRAPH).write_bytes(content)
-    except OSError as error:
-        raise from_os_error(error, folder / GRAPH) from error
-    matrices = graph.matrices.values()
+        _write(decoder.finished(), folder / GRAPH)
+        second = Graph(_prefill_plan(plan, weights), data, graph)
+        if prefill:
+            decoder = DecoderGraph(config, weights, second)
+            yield from decoder.build()
+            _write(decoder.finished(), folder / PREFILL)
+    matrices = [*graph.matrices.values(), *second.matrices.values()]
     kinds = Counter(str(scheme) for _, _, scheme in matrices)
-    yield GraphFigures(sum(item[0] for item in matrices), sum(item[1] for item in matrices), dict(kinds))
+    weights_of_graph = sum(item[0] for item in graph.matrices.values())
+    yield GraphFigures(weights_of_graph, sum(item[1] for item in matrices), dict(kinds))
+
+
+def _prefill_plan(plan: Plan, weights: ModelWeights) -> Plan:
+    """int8 as it reads fastest; embedding and head are those of the graph beside it."""
+    kept = {weights.embedding.name: plan.scheme(weights.embedding.name, weights.embedding.shape, "embedding")}
+    if not weights.config.tie_word_embeddings:
+        kept[weights.head.name] = plan.scheme(weights.head.name, weights.head.shape, "head")
+    return Plan(precision="int8", quantizer=plan.quantizer, schemes=kept)
+
+
+def _write(model: ir.Model, path: Path) -> None:
+    try:
+        path.write_bytes(ir.serde.serialize_model(model).SerializeToString())
+    except OSError as error:
+        raise from_os_error(error, path) from error
 
 
 def genai_config(config: DecoderConfig, ids: dict[str, Any]) -> dict[str, Any]:

@@ -24,10 +24,10 @@ _ACCURACY = 4  # activations are quantized to int8, row by row and block by bloc
 
 
 class Graph:
-    """Nodes, inputs, outputs and constants."""
+    """Nodes, inputs, outputs and constants. `beside`: a graph over the same data, whose constants are used again."""
 
-    def __init__(self, plan: Plan, data: ExternalData) -> None:
-        self.plan, self.data = plan, data
+    def __init__(self, plan: Plan, data: ExternalData, beside: Graph | None = None) -> None:
+        self.plan, self.data, self.beside = plan, data, beside
         half = plan.precision == "fp16"
         self.dtype = ir.DataType.FLOAT16 if half else ir.DataType.FLOAT
         self.numpy_dtype: Any = np.float16 if half else np.float32
@@ -78,7 +78,7 @@ class Graph:
 
     def constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
         """A constant of this name, made once."""
-        if name not in self._constants:
+        if self._known(name) is None:
             tensor: Any = ir.tensor(array, name=name)
             if array.nbytes > _INLINE:
                 tensor = self.data.add(name, [array], array.shape)
@@ -93,6 +93,12 @@ class Graph:
         """A vector in the graph's precision: a norm's weight, a bias."""
         return self.constant(name, values.astype(self.numpy_dtype))
 
+    def _known(self, name: str) -> ir.Value | None:
+        """A constant that was made before, here or in the graph beside: names say what is in them."""
+        if name not in self._constants and self.beside is not None and name in self.beside._constants:
+            self._hold(name, self.beside._constants[name].const_value)
+        return self._constants.get(name)
+
     def _hold(self, name: str, tensor: Any) -> ir.Value:
         value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self._constants[name] = value
@@ -100,7 +106,7 @@ class Graph:
 
     def _streamed(self, name: str, matrix: Matrix) -> ir.Value:
         """A matrix (outputs, inputs) in the graph's precision, piece by piece."""
-        if name not in self._constants:
+        if self._known(name) is None:
             pieces = (piece.astype(self.numpy_dtype, copy=False) for piece in matrix.pieces())
             stored = self._hold(name, self.data.add(name, pieces, matrix.shape))
             self._account(matrix, Scheme(FLOAT, 8 * self.numpy_dtype().itemsize), stored)
@@ -132,7 +138,7 @@ class Graph:
 
     def _channel_product(self, x: ir.Value, matrix: Matrix, bias: ir.Value | None, name: str) -> ir.Value:
         stem = f"{matrix.name}.weight"
-        if f"{stem}.int8" not in self._constants:
+        if self._known(f"{stem}.int8") is None:
             found = round_channels(matrix.rows(0, matrix.shape[0]))
             held = [self.constant(f"{stem}.int8", found.data), self.constant(f"{stem}.scale", found.scales)]
             held.append(self.constant(f"{stem}.zero", np.zeros(matrix.shape[0], np.int8)))
@@ -150,7 +156,7 @@ class Graph:
         stored: Any = data.const_value
         shape = (matrix.shape[0], matrix.shape[1] * scheme.bits // 8)
         if isinstance(stored, ir.ExternalTensor):
-            flat = self._hold(flat_name, self.data.again(flat_name, stored, shape))
+            flat = self._known(flat_name) or self._hold(flat_name, self.data.again(flat_name, stored, shape))
         else:
             flat = self.constant(flat_name, stored.numpy().reshape(shape))
         given = [flat, ids, scales] + ([] if zero_points is None else [zero_points])
@@ -160,7 +166,7 @@ class Graph:
     def _quantized(self, matrix: Matrix, scheme: Scheme) -> tuple[ir.Value, ir.Value, ir.Value | None]:
         """Codes, scales and zero points of a matrix, made once."""
         stem = f"{matrix.name}.weight"
-        if f"{stem}.codes" not in self._constants:
+        if self._known(f"{stem}.codes") is None:
             moment = self.plan.moments.get(matrix.name)
             found: list[BlockQuantized] = []
             for piece in matrix.pieces(_QUANTIZED_AT_ONCE):
@@ -171,7 +177,10 @@ class Graph:
             if zero_points:
                 held.append(self.constant(f"{stem}.zeros", _joined(zero_points)))
             self._account(matrix, scheme, *held)
-        return self._constants[f"{stem}.codes"], self._constants[f"{stem}.scales"], self._constants.get(f"{stem}.zeros")
+        codes, scales, zeros = (self._known(f"{stem}.{part}") for part in ("codes", "scales", "zeros"))
+        assert codes is not None
+        assert scales is not None
+        return codes, scales, zeros
 
     def _account(self, matrix: Matrix, scheme: Scheme, *held: ir.Value) -> None:
         size = sum(value.const_value.nbytes for value in held if value.const_value is not None)

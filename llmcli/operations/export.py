@@ -75,7 +75,7 @@ def export(
     if config.check:
         windows = ReferenceText(tokenizer, config.calibration, text, shape.max_position_embeddings)
     with staged_folder(output, overwrite=overwrite) as staged:
-        figures = yield from _write(folder, shape, plan, staged)
+        figures = yield from _write(folder, shape, plan, staged, config.prefill == "int8")
         size, seconds = size_of(staged), time.perf_counter() - began
         _write_files(folder, settings, shape, tokenizer, staged)
         checks: CheckReport | None = None
@@ -105,6 +105,8 @@ def plan_of(config: ExportConfig) -> Plan:
     """What each matrix becomes by the settings."""
     from llmcli.onnx.quantize import QUANTIZERS, Plan
 
+    if config.prefill == "int8" and config.precision != "int4":
+        raise ConfigError("a second graph pays for int4 alone; this one reads prompts as fast", where="prefill")
     if config.quantizer == "weight-only" and config.precision != "int8":
         raise ConfigError("is meant for int8: int4 leaves activations to each row anyway", where="quantizer")
     method = "round" if config.quantizer in ("auto", "weight-only") else config.quantizer
@@ -116,10 +118,12 @@ def plan_of(config: ExportConfig) -> Plan:
     )
 
 
-def _write(folder: Path, shape: DecoderConfig, plan: Plan, staged: Path) -> Generator[Progress, None, GraphFigures]:
+def _write(
+    folder: Path, shape: DecoderConfig, plan: Plan, staged: Path, prefill: bool
+) -> Generator[Progress, None, GraphFigures]:
     from llmcli.onnx.folder import GraphFigures, write_graph
 
-    for record in write_graph(folder, shape, plan, staged):
+    for record in write_graph(folder, shape, plan, staged, prefill=prefill):
         if isinstance(record, GraphFigures):
             return record
         yield Progress("export", record, shape.num_hidden_layers, "layers")

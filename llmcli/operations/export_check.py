@@ -63,7 +63,8 @@ def check_export(
     from llmcli.runtime.torch_session import open_session
 
     theirs: Session = open_session(source, device="cpu", threads=config.threads)
-    ours: Session = OnnxSession(staged, threads=config.threads)
+    ours: Session = OnnxSession(staged, threads=config.threads, prefill=False)
+    whole: Session = OnnxSession(staged, threads=config.threads) if config.prefill == "int8" else ours
     try:
         windows = text.measured(int(min(max(_WORK / (2 * parameters), _TOKENS[0]), _TOKENS[1])))
         tally = _Tally()
@@ -76,10 +77,12 @@ def check_export(
         _expect_alike("decoding with the cache", cached, tally, config.precision)
         batch = _batch(theirs, ours, windows)
         _expect_alike("rows of unequal length", batch, tally, config.precision)
+        if whole is not ours:
+            _expect_alike("a prompt by the second graph", _prompts(theirs, whole, windows), tally, config.precision)
         equal = _greedy(theirs, ours, windows[-1], tally, config.precision)
         increase = _quality(tally, config)
         yield Progress("speed", 0, 1, "runs")
-        slow, fast = _speeds(theirs, windows[0]), _speeds(ours, windows[0])
+        slow, fast = _speeds(theirs, windows[0]), _speeds(whole, windows[0])
         yield CheckReport(
             tokens=tally.tokens,
             prefill_difference=tally.largest,
@@ -98,8 +101,8 @@ def check_export(
             decode_after=round(fast[1], 1),
         )
     finally:
-        theirs.close()
-        ours.close()
+        for session in (theirs, ours, whole):
+            session.close()
 
 
 class _Tally:
@@ -174,6 +177,15 @@ def _cached(theirs: Session, ours: Session, window: Ids) -> _Tally:
     for identity in window[half : half + _DECODED]:
         fed = np.array([[identity]], np.int64)
         tally.add(theirs.feed(fed)[:, -1], ours.feed(fed)[:, -1])
+    return tally
+
+
+def _prompts(theirs: Session, ours: Session, windows: list[Ids]) -> _Tally:
+    """Prompts at once, and a token after each."""
+    tally = _Tally()
+    for window in windows[:4]:
+        tally.add(_start(theirs, window[:-1]), _start(ours, window[:-1]))
+        tally.add(theirs.feed(window[None, -1:])[0], ours.feed(window[None, -1:])[0])
     return tally
 
 

@@ -188,20 +188,22 @@ def _embedding_problems(folder: Path, rows: int) -> Iterator[str]:
 
 def _onnx(folder: Path, values: bool) -> Iterator[str]:
     yield from _manifest(folder)
-    problems = _errors(lambda: read_onnx(folder / artefacts.GRAPH), folder)
+    graphs = [path for path in artefacts.onnx_paths(folder) if path.suffix == ".onnx"]
+    problems = [problem for path in graphs for problem in _errors(partial(read_onnx, path), folder)]
     yield from problems
     if not problems and values:
-        yield from _constant_problems(folder)
+        for path in graphs:
+            yield from _constant_problems(path)
     config = read_config(artefacts.read_json(folder / "config.json"), str(folder / "config.json"))
     yield from _special_ids(folder, config.vocab_size)
     for name in ("genai_config.json", "export.json"):
         yield from _errors(partial(artefacts.read_json, folder / name), folder)
 
 
-def _constant_problems(folder: Path) -> Iterator[str]:
+def _constant_problems(graph: Path) -> Iterator[str]:
     """Constants beside the graph that hold NaN or an infinity."""
-    path = folder / f"{artefacts.GRAPH}.data"
-    for tensor in read_onnx(folder / artefacts.GRAPH).tensors:
+    path = graph.with_name(f"{artefacts.GRAPH}.data")
+    for tensor in read_onnx(graph).tensors:
         kind = NAMES[tensor.dtype]
         if tensor.location is None or not kind.startswith("float") or not tensor.length:
             continue

@@ -10,41 +10,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from llmcli.data.cores import available_cores
 from llmcli.errors import DataError, UsageError
-from llmcli.files.artefacts import GRAPH
+from llmcli.files.artefacts import GRAPH, PREFILL
 from llmcli.files.onnx_header import read_onnx
 from llmcli.runtime.session import Ids, Logits, Mask
 
 CONTEXT, ROWS = "llmcli.context", "llmcli.rows"  # facts of the graph: its context; whether rows are "independent"
 _SCORED = 1 << 23  # logits that scoring holds at once
-_CHUNK = 512  # tokens of a row that one run takes: attention holds heads x chunk x capacity numbers
+_CHUNK = 256  # tokens of a row that one run takes: attention holds heads x chunk x capacity numbers
+_PROMPT = 16  # tokens from which a second graph reads them; fewer may be a draft, which must come out as it would alone
 _HEADROOM = 64  # entries beyond the prompt that the cache begins with
 
 
 class OnnxSession:
     """A `Session` over a graph of onnxruntime on the CPU."""
 
-    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
-        facts = _GraphFacts(folder)
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or available_cores()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # what goes wrong is raised, as one line
-        try:
-            self._engine = onnxruntime.InferenceSession(str(folder / GRAPH), options, ["CPUExecutionProvider"])
-        except Exception as error:  # the library raises its own kinds
-            raise DataError(f"cannot be opened: {_reason(error)}", where=str(folder / GRAPH)) from error
-        self._shape = _GraphShape(self._engine, facts)
+    def __init__(self, folder: Path, *, threads: int | None = None, prefill: bool = True) -> None:
+        """Opens a folder. `prefill`: with its second graph for prompts, where it has one."""
+        facts = _GraphFacts(folder / GRAPH)
+        engine = _opened(folder / GRAPH, threads)
+        self._shape = _GraphShape(engine, facts)
+        self._engines = _Engines(engine, engine)
+        if prefill and (folder / PREFILL).is_file():
+            second = _GraphFacts(folder / PREFILL)
+            if (second.layers, second.context) != (facts.layers, facts.context):
+                raise DataError(f"is of another model than {GRAPH}", where=str(folder / PREFILL))
+            self._engines = _Engines(engine, _opened(folder / PREFILL, threads))
         self.vocab_size, self.context = self._shape.vocab_size, self._shape.context
-        self._rows = _Rows(self._engine, self._shape, 0, 1)
+        self._rows = _Rows(self._engines, self._shape, 0, 1)
         self._started = False
 
     @property
@@ -58,7 +57,7 @@ class OnnxSession:
         if not sizes or min(sizes) < 1:
             raise UsageError("a prompt needs at least one token")
         self._check_room(max(sizes))
-        self._rows = _Rows(self._engine, self._shape, len(sizes), max(sizes) + _HEADROOM)
+        self._rows = _Rows(self._engines, self._shape, len(sizes), max(sizes) + _HEADROOM)
         self._started = True
         return np.stack([self._rows.extend(row, np.array(ids, np.int64), 1)[0] for row, ids in enumerate(prompts)])
 
@@ -94,7 +93,7 @@ class OnnxSession:
             places = np.flatnonzero(wanted[row])
             if not len(places):
                 continue
-            scratch = _Rows(self._engine, self._shape, 1, int(places[-1]) + 1)
+            scratch = _Rows(_Engines(self._engines.step, self._engines.step), self._shape, 1, int(places[-1]) + 1)
             first = int(places[0])
             if first:
                 scratch.extend(0, ids[row, :first], 1)
@@ -107,7 +106,7 @@ class OnnxSession:
 
     def close(self) -> None:
         """Lets the cache go."""
-        self._rows = _Rows(self._engine, self._shape, 0, 1)
+        self._rows = _Rows(self._engines, self._shape, 0, 1)
         self._started = False
 
     def _check_room(self, count: int) -> None:
@@ -123,15 +122,32 @@ def _log_probabilities(logits: Logits, targets: Ids) -> Logits:
     return found
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+class _Engines(NamedTuple):
+    """The graph that decodes and the one that reads prompts; the same where there is one."""
+
+    step: Any
+    prompt: Any
+
+
+def _opened(graph: Path, threads: int | None) -> Any:
+    """A graph in onnxruntime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or available_cores()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # what goes wrong is raised, as one line
+    try:
+        return onnxruntime.InferenceSession(str(graph), options, ["CPUExecutionProvider"])
+    except Exception as error:  # the library raises its own kinds
+        raise DataError(f"cannot be opened: {' '.join(str(error).split())[:300]}", where=str(graph)) from error
 
 
 class _GraphFacts:
     """What the graph's file says, checked before the library sees it."""
 
-    def __init__(self, folder: Path) -> None:
-        header = read_onnx(folder / GRAPH)
+    def __init__(self, graph: Path) -> None:
+        header = read_onnx(graph)
         self.layers = sum(name.endswith(".key") for name in header.inputs)
         inputs = ["input_ids", "attention_mask", *self._caches("past_key_values"), "num_logits_to_keep"]
         outputs = ["logits", *self._caches("present")]
@@ -144,11 +160,11 @@ class _GraphFacts:
             raise DataError(
                 f"is not a decoder as llmcli exports it: it {told}; expected are input_ids, attention_mask, "
                 "past_key_values.N.key|value and num_logits_to_keep (optional) to logits and present.N.key|value",
-                where=str(folder / GRAPH),
+                where=str(graph),
             )
         context = header.metadata[CONTEXT]
         if not (context.isascii() and context.isdigit() and 0 < int(context) < 2**31):
-            raise DataError(f"names {context[:40]!r} as its context", where=str(folder / GRAPH))
+            raise DataError(f"names {context[:40]!r} as its context", where=str(graph))
         self.context, self.independent = int(context), header.metadata[ROWS] == "independent"
 
     def _caches(self, stem: str) -> list[str]:
@@ -170,8 +186,8 @@ class _GraphShape:
 class _Binding:
     """A run of some rows and tokens: its arrays, bound by address."""
 
-    def __init__(self, rows: _Rows, first: int, count: int, tokens: int, keep: int) -> None:
-        shape, self._engine = rows.shape, rows.engine
+    def __init__(self, engine: Any, rows: _Rows, first: int, count: int, tokens: int, keep: int) -> None:
+        shape, self._engine = rows.shape, engine
         self.ids = np.zeros((count, tokens), np.int64)
         self._keep = np.array([keep], np.int64)
         self.logits = np.empty((count, min(keep, tokens), shape.vocab_size), np.float32)
@@ -199,8 +215,8 @@ class _Binding:
 class _Rows:
     """Rows side by side: cache, mask and lengths."""
 
-    def __init__(self, engine: Any, shape: _GraphShape, count: int, capacity: int) -> None:
-        self.engine, self.shape = engine, shape
+    def __init__(self, engines: _Engines, shape: _GraphShape, count: int, capacity: int) -> None:
+        self.engines, self.shape = engines, shape
         self.capacity = min(max(capacity, 1), shape.context)
         self.lengths = [0] * count
         self.mask = np.zeros((count, self.capacity), np.int64)
@@ -211,7 +227,7 @@ class _Rows:
     def step(self, ids: Ids) -> Logits:
         """Appends a token to each row: (rows, 1) -> (rows, 1, V). There must be room."""
         if self._step is None:
-            self._step = _Binding(self, 0, len(self.lengths), 1, 1)
+            self._step = _Binding(self.engines.step, self, 0, len(self.lengths), 1, 1)
         self._step.ids[:] = ids
         for row, length in enumerate(self.lengths):
             self.mask[row, length] = 1
@@ -224,7 +240,8 @@ class _Rows:
         for begin in range(0, len(ids), _CHUNK):
             piece = ids[begin : begin + _CHUNK]
             kept = keep - (len(ids) - begin - len(piece))  # how many of this piece's are wanted
-            binding = _Binding(self, row, 1, len(piece), max(kept, 1))
+            engine = self.engines.prompt if len(ids) >= _PROMPT else self.engines.step
+            binding = _Binding(engine, self, row, 1, len(piece), max(kept, 1))
             binding.ids[0] = piece
             length = self.lengths[row] + len(piece)
             self.mask[row, self.lengths[row] : length] = 1
