@@ -280,7 +280,7 @@ def test_a_cache_that_is_wrong_is_refused_though_prompts_are_right(
 ) -> None:
     from llmcli.runtime import onnx_session
 
-    step = onnx_session._Rows.step
+    step = onnx_session.Rows.step
 
     def forgetful(self: Any, ids: Any) -> Any:
         found = step(self, ids)
@@ -288,7 +288,7 @@ def test_a_cache_that_is_wrong_is_refused_though_prompts_are_right(
             cache[:, :, 1 : self.lengths[0]] = cache[:, :, :1]
         return found
 
-    monkeypatch.setattr(onnx_session._Rows, "step", forgetful)
+    monkeypatch.setattr(onnx_session.Rows, "step", forgetful)
     with pytest.raises(CheckError, match="decoding with the cache"):
         run(model, tmp_path / "out", precision=precision, calibration=text)
     assert nothing_left(tmp_path / "out")
@@ -444,5 +444,18 @@ def test_a_second_graph_reads_prompts_over_the_same_cache(tmp_path: Path, text: 
     # Few tokens, such as drafts, and scores are the first graph's alone.
     for call in (lambda s: s.start([ids[:9]]), lambda s: s.score(np.array([ids]), np.ones((1, 58), np.bool_))):
         assert np.array_equal(*(call(session) for session in sessions))
-    with pytest.raises(ConfigError, match="int4 alone"):
+    with pytest.raises(ConfigError, match="int4 and the target ort alone"):
         run(source, tmp_path / "no", precision="int8", prefill="int8")
+
+
+def test_a_portable_folder_is_gated_and_generates(llmcli: Run, tmp_path: Path, model: Path, text: str) -> None:
+    report = run(model, tmp_path / "out", precision="fp32", target="portable", calibration=text)
+    assert report.checks is not None
+    assert report.checks.greedy_equal == 32
+    assert not (tmp_path / "out" / "genai_config.json").exists()
+    assert verify(tmp_path / "out", values=True).problems == ()
+    assert greedy(tmp_path / "out", "The fox") == greedy(model, "The fox")
+    small = run(model, tmp_path / "small", precision="int4", target="portable", calibration=text)
+    assert small.size_bytes < report.size_bytes / 3
+    ended = llmcli("export", model, "-o", tmp_path / "no", "--target", "portable", "--prefill", "int8")
+    assert ended.returncode == 2

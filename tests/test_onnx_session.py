@@ -86,9 +86,10 @@ def ids_of(count: int, seed: int = 0) -> list[int]:
 # Parity
 
 
+@pytest.mark.parametrize("portable", [False, True], ids=["ort", "portable"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_call_gives_what_torch_gives(tmp_path: Path, family: str) -> None:
-    theirs, ours = both(tmp_path, family)
+def test_every_call_gives_what_torch_gives(tmp_path: Path, family: str, portable: bool) -> None:
+    theirs, ours = both(tmp_path, family, portable=portable)
 
     def compare(call: Any) -> None:
         assert np.abs(call(ours) - call(theirs)).max() < 1e-3
@@ -102,8 +103,9 @@ def test_every_call_gives_what_torch_gives(tmp_path: Path, family: str) -> None:
             compare(lambda session, fed=fed, keep=keep: session.feed(fed, keep))
 
 
-def test_the_cache_grows_to_the_context_and_no_further(tmp_path: Path) -> None:
-    theirs, ours = both(tmp_path)
+@pytest.mark.parametrize("portable", [False, True], ids=["ort", "portable"])
+def test_the_cache_grows_to_the_context_and_no_further(tmp_path: Path, portable: bool) -> None:
+    theirs, ours = both(tmp_path, portable=portable)
     for session in (theirs, ours):
         session.start([[5]])
     for place in range(79):
@@ -118,8 +120,9 @@ def test_the_cache_grows_to_the_context_and_no_further(tmp_path: Path) -> None:
     assert np.abs(ours.start([ids_of(80)]) - theirs.start([ids_of(80)])).max() < 1e-3
 
 
-def test_rewinding_forgets_and_selecting_copies_rows(tmp_path: Path) -> None:
-    theirs, ours = both(tmp_path, "qwen3")
+@pytest.mark.parametrize("portable", [False, True], ids=["ort", "portable"])
+def test_rewinding_forgets_and_selecting_copies_rows(tmp_path: Path, portable: bool) -> None:
+    theirs, ours = both(tmp_path, "qwen3", portable=portable)
     for session in (theirs, ours):
         session.start([ids_of(12), ids_of(7, 1), ids_of(9, 2)])
         session.rewind([4, 7, 5])
@@ -172,6 +175,9 @@ PLANS: dict[str, dict[str, Any]] = {
     "int8": {"precision": "int8"},
     "int8 weight-only": {"precision": "int8", "weight_only": True},
     "int4": {"precision": "int4", "block_size": 32},
+    "portable": {"portable": True},
+    "portable int8": {"portable": True, "precision": "int8"},
+    "portable int4": {"portable": True, "precision": "int4"},
 }
 
 
@@ -261,3 +267,38 @@ def test_running_a_folder_never_imports_torch(tmp_path: Path) -> None:
 
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "onnx")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Portable graphs
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gpt2"])
+def test_a_portable_graph_has_standard_operators_and_takes_rows_filled_up_on_the_left(
+    tmp_path: Path, family: str, precision: str
+) -> None:
+    import onnx
+    import onnxruntime
+
+    folder = make_onnx(make_model(tmp_path / "model", family), portable=True, precision=precision)
+    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert {(item.domain, item.version) for item in model.opset_import} == {("", 23)}
+    session = OnnxSession(folder, threads=1)
+    engine = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    prompts = [ids_of(12), ids_of(5, 1), ids_of(1, 2)]
+    ids, mask = np.zeros((3, 12), np.int64), np.zeros((3, 12), np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, 12 - len(prompt) :] = prompt
+        mask[row, 12 - len(prompt) :] = 1
+    shapes = {item.name: item.shape for item in engine.get_inputs() if item.name.startswith("past")}
+    past = {name: np.zeros((3, shape[1], 0, shape[3]), np.float32) for name, shape in shapes.items()}
+    alone = session.start(prompts)
+    logits, *present = engine.run(None, {"input_ids": ids, "attention_mask": mask, **past})
+    assert np.abs(logits[:, -1] - alone).max() < 1e-4
+    fed = np.array([[3], [4], [5]])
+    mask = np.concatenate((mask, np.ones((3, 1), np.int64)), 1)
+    given = {"input_ids": fed, "attention_mask": mask, **dict(zip(past, present, strict=True))}
+    assert np.abs(engine.run(["logits"], given)[0][:, -1] - session.feed(fed)[:, -1]).max() < 1e-4

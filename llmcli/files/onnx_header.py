@@ -20,13 +20,12 @@ MAX_BYTES = 1 << 30  # large tensors stand beside the graph
 _MAX_SIZE = 1 << 62
 MICROSOFT = "com.microsoft"
 # Bits an element of the types that we write: TensorProto.DataType.
-BITS = {1: 32, 2: 8, 3: 8, 6: 32, 7: 64, 10: 16, 16: 16}
-NAMES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16", 16: "bfloat16"}
+BITS = {1: 32, 2: 8, 3: 8, 6: 32, 7: 64, 10: 16, 16: 16, 21: 4}
+NAMES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16", 16: "bfloat16", 21: "uint4"}
 _STANDARD = """
-    Add And Attention Cast Concat Constant DequantizeLinear Div Equal Expand Gather Gelu Greater GreaterOrEqual
-    LayerNormalization Less LessOrEqual MatMul Mul Neg Pow RMSNormalization Range ReduceSum Reshape RotaryEmbedding
-    ScatterElements ScatterND Shape Sigmoid SimplifiedLayerNormalization Slice Split Squeeze Sub Swish Tanh
-    TensorScatter Transpose Unsqueeze Where
+    Add And Attention Cast CumSum DequantizeLinear Equal Gather Gelu Greater LayerNormalization LessOrEqual MatMul Max
+    Mul Neg Or RMSNormalization Range ReduceSum Reshape RotaryEmbedding Shape Sigmoid SimplifiedLayerNormalization
+    Slice Split Squeeze Sub Transpose Unsqueeze
 """
 _OF_ONNXRUNTIME = """
     DynamicQuantizeMatMul FastGelu FusedMatMul GatherBlockQuantized GroupQueryAttention MatMulNBits QuickGelu
@@ -215,7 +214,7 @@ def _tensor(data: memoryview) -> OnnxTensor:
     if len(shape) > 8 or any(size > _MAX_SIZE for size in shape):
         raise _Malformed(f"the tensor {name[:80]!r} has an odd shape")
     tensor = OnnxTensor(name, dtype, tuple(shape))
-    size = tensor.count * BITS[dtype] // 8
+    size = (tensor.count * BITS[dtype] + 7) // 8
     if not outside:
         if external or inside != size:
             raise _Malformed(f"the tensor {name[:80]!r} has {inside} bytes, its shape asks for {size}")

@@ -41,6 +41,9 @@ def rope_tables(config: DecoderConfig) -> tuple[Array, Array]:
 class DecoderGraph:
     """Builds the graph of a decoder, block by block."""
 
+    target = "ort"
+    past_length = present_length = "capacity"
+
     def __init__(self, config: DecoderConfig, weights: ModelWeights, graph: Graph) -> None:
         self.config, self.weights, self.graph, self.heads = config, weights, graph, weights.heads
 
@@ -137,13 +140,16 @@ class DecoderGraph:
             local_window_size=config.sliding_window or -1,
         )
         for kind, value in zip(("key", "value"), present, strict=True):
-            shape = ("batch", config.num_key_value_heads, "capacity", self.heads.size)
-            graph.output(value, f"present.{index}.{kind}", graph.dtype, shape)
+            self._cache_output(value, index, kind)
         return graph.linear(attended, layer.output, layer.output_bias, f"{name}.output")
 
     def _cache_input(self, index: int, kind: str) -> ir.Value:
-        shape = ("batch", self.config.num_key_value_heads, "capacity", self.heads.size)
+        shape = ("batch", self.config.num_key_value_heads, self.past_length, self.heads.size)
         return self.graph.input(f"past_key_values.{index}.{kind}", self.graph.dtype, shape)
+
+    def _cache_output(self, value: ir.Value, index: int, kind: str) -> None:
+        shape = ("batch", self.config.num_key_value_heads, self.present_length, self.heads.size)
+        self.graph.output(value, f"present.{index}.{kind}", self.graph.dtype, shape)
 
     def _normed_heads(self, packed: ir.Value, layer: LayerWeights, name: str) -> Iterator[ir.Value]:
         """Query and key, normed head by head, and value: (B, T, H D), (B, T, K D) twice."""
@@ -164,13 +170,17 @@ class DecoderGraph:
     def _mlp(self, x: ir.Value, layer: LayerWeights) -> ir.Value:
         graph, name = self.graph, f"{layer.name}.feed_forward"
         inner = graph.linear(x, layer.gate_up, layer.gate_up_bias, f"{name}.gate_up")
-        if self.config.model_type == "gpt2":
-            inner = graph.op("FastGelu", [inner], f"{name}.gelu", domain=MICROSOFT)
-        else:
-            gate, up = graph.node("Split", [inner], f"{name}.halves", outputs=2, axis=-1, num_outputs=2)
-            swished = graph.op("QuickGelu", [gate], f"{name}.silu", domain=MICROSOFT, alpha=1.0)
-            inner = graph.op("Mul", [swished, up], f"{name}.gated")
+        inner = self._activated(inner, name)
         return graph.linear(inner, layer.down, layer.down_bias, f"{name}.down")
+
+    def _activated(self, inner: ir.Value, name: str) -> ir.Value:
+        """silu(gate) * up of the two halves; GPT-2's GELU in its tanh form."""
+        graph = self.graph
+        if self.config.model_type == "gpt2":
+            return graph.op("FastGelu", [inner], f"{name}.gelu", domain=MICROSOFT)
+        gate, up = graph.node("Split", [inner], f"{name}.halves", outputs=2, axis=-1, num_outputs=2)
+        swished = graph.op("QuickGelu", [gate], f"{name}.silu", domain=MICROSOFT, alpha=1.0)
+        return graph.op("Mul", [swished, up], f"{name}.gated")
 
     def _logits(self, x: ir.Value) -> None:
         """Logits of the last positions, as many as asked for."""
@@ -183,10 +193,12 @@ class DecoderGraph:
         if graph.dtype != ir.DataType.FLOAT:
             logits = graph.op("Cast", [logits], "head.float", to=ir.DataType.FLOAT)
         graph.output(logits, "logits", ir.DataType.FLOAT, ("batch", "kept", self.config.vocab_size))
+        graph.outputs.insert(0, graph.outputs.pop())  # where everybody expects them
 
     def finished(self) -> ir.Model:
         """The model, once it is built."""
         metadata = {
+            "llmcli.target": self.target,
             "llmcli.precision": self.graph.plan.precision,
             "llmcli.rows": "independent" if self.graph.plan.rows_are_independent else "coupled",
             "llmcli.context": str(self.config.max_position_embeddings),

@@ -50,6 +50,14 @@ class ExternalData:
         assert size == int(np.prod(shape)) * np.dtype(kind).itemsize, name
         return self._tensor(name, begin, size, _TYPES[kind], shape)
 
+    def add_packed(
+        self, name: str, data: np.ndarray[Any, Any], shape: tuple[int, ...], kind: ir.DataType
+    ) -> ir.ExternalTensor:
+        """Appends a tensor of less than a byte a number, packed."""
+        tensor = self.add(name, [data], data.shape)
+        assert tensor.offset is not None
+        return self._tensor(name, tensor.offset, data.nbytes, kind, shape)
+
     def again(self, name: str, tensor: ir.ExternalTensor, shape: tuple[int, ...]) -> ir.ExternalTensor:
         """The same bytes under another name and shape."""
         assert tensor.offset is not None

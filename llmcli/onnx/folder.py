@@ -20,6 +20,7 @@ from llmcli.onnx.decoder import DecoderGraph
 from llmcli.onnx.external import ExternalData
 from llmcli.onnx.families import Heads, ModelWeights
 from llmcli.onnx.graph import Graph
+from llmcli.onnx.portable import PortableDecoder, PortableGraph
 from llmcli.onnx.quantize import Plan
 from llmcli.onnx.weights import Weights
 
@@ -43,8 +44,8 @@ def write_graph(
     """
     weights = ModelWeights(config, Weights(source))
     with ExternalData(folder / f"{GRAPH}.data") as data:
-        graph = Graph(plan, data)
-        decoder = DecoderGraph(config, weights, graph)
+        graph = PortableGraph(plan, data) if plan.portable else Graph(plan, data)
+        decoder = PortableDecoder(config, weights, graph) if plan.portable else DecoderGraph(config, weights, graph)
         yield from decoder.build()
         _write(decoder.finished(), folder / GRAPH)
         second = Graph(_prefill_plan(plan, weights), data, graph)

@@ -6,7 +6,7 @@ Invariant: names mirror the paths of the model's modules; a constant is stored o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -16,8 +16,6 @@ from llmcli.onnx.quantize import BLOCKS, CHANNELS, FLOAT, BlockQuantized, Plan, 
 from llmcli.onnx.weights import Array, Matrix
 
 MICROSOFT = "com.microsoft"
-OPSETS = {"": 21, MICROSOFT: 1}
-IR_VERSION = 10
 _INLINE = 16 << 10  # bytes; smaller constants stand in the graph itself
 _QUANTIZED_AT_ONCE = 1 << 26  # elements of a matrix that a quantizer gets at once
 _ACCURACY = 4  # activations are quantized to int8, row by row and block by block
@@ -25,6 +23,9 @@ _ACCURACY = 4  # activations are quantized to int8, row by row and block by bloc
 
 class Graph:
     """Nodes, inputs, outputs and constants. `beside`: a graph over the same data, whose constants are used again."""
+
+    opsets: ClassVar[dict[str, int]] = {"": 21, MICROSOFT: 1}
+    ir_version = 10
 
     def __init__(self, plan: Plan, data: ExternalData, beside: Graph | None = None) -> None:
         self.plan, self.data, self.beside = plan, data, beside
@@ -195,10 +196,10 @@ class Graph:
             self.outputs,
             nodes=self._nodes,
             initializers=list(self._constants.values()),
-            opset_imports=dict(OPSETS),
+            opset_imports=dict(self.opsets),
             name=name,
         )
-        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="llmcli", producer_version=version)
+        model = ir.Model(graph, ir_version=self.ir_version, producer_name="llmcli", producer_version=version)
         model.metadata_props.update(metadata)
         return model
 

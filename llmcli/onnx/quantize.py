@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -46,16 +46,21 @@ class BlockQuantized:
     scales: Array  # (outputs, blocks)
     zero_points: Codes | None = None  # (outputs, ceil(blocks * bits / 8)), packed as data; None: the middle code
 
+    def codes(self) -> Codes:
+        """One code a byte: (outputs, inputs)."""
+        return unpacked(self.data, self.scheme.bits).reshape(len(self.data), -1)[:, : self.inputs]
+
+    def middles(self) -> Codes:
+        """The codes that mean zero, one a byte: (outputs, blocks)."""
+        if self.zero_points is None:
+            return np.full(self.scales.shape, 1 << (self.scheme.bits - 1), np.uint8)
+        return unpacked(self.zero_points, self.scheme.bits)[:, : self.scales.shape[1]]
+
     def dequantized(self) -> Array:
         """The weights that the product computes with: (outputs, inputs), float32."""
-        outputs, blocks, _ = self.data.shape
-        bits = self.scheme.bits
-        codes = unpacked(self.data, bits).reshape(outputs, blocks, self.scheme.block_size)
-        middle: Any = 1 << (bits - 1)
-        if self.zero_points is not None:
-            middle = unpacked(self.zero_points, bits)[:, :blocks, None].astype(np.float32)
-        weight = (codes.astype(np.float32) - middle) * self.scales[..., None]
-        return np.ascontiguousarray(weight.reshape(outputs, -1)[:, : self.inputs])
+        codes = blocked(self.codes().astype(np.float32), self.scheme.block_size)
+        weight = (codes - self.middles()[..., None]) * self.scales[..., None]
+        return np.ascontiguousarray(weight.reshape(len(codes), -1)[:, : self.inputs])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -157,6 +162,7 @@ class Plan:
     quantizer: Quantizer = dataclasses.field(default_factory=RoundToNearest)
     moments: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     schemes: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
+    portable: bool = False  # standard operators alone, among which nothing quantizes activations for the product
 
     def scheme(self, name: str, shape: tuple[int, int], role: str = "") -> Scheme:
         """The kind of product of a matrix (outputs, inputs). `role`: "embedding" (tied to a head or not), "head" or "".
@@ -174,7 +180,7 @@ class Plan:
         if role == "embedding":
             # GatherBlockQuantized knows no block that is not full.
             return Scheme(FLOAT) if shape[1] % block else Scheme(BLOCKS, bits, block)
-        if self.precision == "int8" and not self.weight_only and role != "head":
+        if not self.rows_are_independent and role != "head":
             return Scheme(CHANNELS, 8)
         return Scheme(BLOCKS, bits, block)
 
@@ -193,4 +199,4 @@ class Plan:
     @property
     def rows_are_independent(self) -> bool:
         """Whether a row of a run gives what it gives alone (but for rounding)."""
-        return self.precision != "int8" or self.weight_only
+        return self.precision != "int8" or self.weight_only or self.portable

@@ -77,7 +77,7 @@ def export(
     with staged_folder(output, overwrite=overwrite) as staged:
         figures = yield from _write(folder, shape, plan, staged, config.prefill == "int8")
         size, seconds = size_of(staged), time.perf_counter() - began
-        _write_files(folder, settings, shape, tokenizer, staged)
+        _write_files(folder, settings, shape, tokenizer, staged, config.target == "portable")
         checks: CheckReport | None = None
         for record in _checks(folder, staged, windows, figures.weights, config):
             if isinstance(record, Progress):
@@ -105,8 +105,8 @@ def plan_of(config: ExportConfig) -> Plan:
     """What each matrix becomes by the settings."""
     from llmcli.onnx.quantize import QUANTIZERS, Plan
 
-    if config.prefill == "int8" and config.precision != "int4":
-        raise ConfigError("a second graph pays for int4 alone; this one reads prompts as fast", where="prefill")
+    if config.prefill == "int8" and (config.precision != "int4" or config.target != "ort"):
+        raise ConfigError("a second graph pays for int4 and the target ort alone", where="prefill")
     if config.quantizer == "weight-only" and config.precision != "int8":
         raise ConfigError("is meant for int8: int4 leaves activations to each row anyway", where="quantizer")
     method = "round" if config.quantizer in ("auto", "weight-only") else config.quantizer
@@ -114,6 +114,7 @@ def plan_of(config: ExportConfig) -> Plan:
         precision=config.precision,
         block_size=None if config.block_size == "auto" else int(config.block_size),
         weight_only=config.quantizer == "weight-only",
+        portable=config.target == "portable",
         quantizer=QUANTIZERS[method](),
     )
 
@@ -141,7 +142,12 @@ def _checks(
 
 
 def _write_files(
-    folder: Path, settings: dict[str, Any], shape: DecoderConfig, tokenizer: TextTokenizer, staged: Path
+    folder: Path,
+    settings: dict[str, Any],
+    shape: DecoderConfig,
+    tokenizer: TextTokenizer,
+    staged: Path,
+    portable: bool,
 ) -> None:
     """What stands beside the graph: tokenizer, configs."""
     from llmcli.onnx.folder import genai_config
@@ -155,7 +161,8 @@ def _write_files(
     ids = {key: generation.get(key, settings.get(key)) for key in _SPECIAL}
     if ids["eos_token_id"] is None:
         ids["eos_token_id"] = tokenizer.eos_id
-    write_json(staged / GENAI, genai_config(shape, ids))
+    if not portable:  # onnxruntime-genai knows the operators of onnxruntime
+        write_json(staged / GENAI, genai_config(shape, ids))
 
 
 def _lineage(folder: Path, tokenizer: TextTokenizer) -> dict[str, Any]:

@@ -197,7 +197,8 @@ def _onnx(folder: Path, values: bool) -> Iterator[str]:
     config = read_config(artefacts.read_json(folder / "config.json"), str(folder / "config.json"))
     yield from _special_ids(folder, config.vocab_size)
     for name in ("genai_config.json", "export.json"):
-        yield from _errors(partial(artefacts.read_json, folder / name), folder)
+        if name == "export.json" or (folder / name).is_file():
+            yield from _errors(partial(artefacts.read_json, folder / name), folder)
 
 
 def _constant_problems(graph: Path) -> Iterator[str]:

@@ -19,9 +19,11 @@ from llmcli.data.cores import available_cores
 from llmcli.errors import DataError, UsageError
 from llmcli.files.artefacts import GRAPH, PREFILL
 from llmcli.files.onnx_header import read_onnx
+from llmcli.runtime.portable_rows import PortableRows
 from llmcli.runtime.session import Ids, Logits, Mask
 
-CONTEXT, ROWS = "llmcli.context", "llmcli.rows"  # facts of the graph: its context; whether rows are "independent"
+# Facts of the graph: its context; whether its rows are "independent"; whether it is "portable".
+CONTEXT, ROWS, TARGET = "llmcli.context", "llmcli.rows", "llmcli.target"
 _SCORED = 1 << 23  # logits that scoring holds at once
 _CHUNK = 256  # tokens of a row that one run takes: attention holds heads x chunk x capacity numbers
 _PROMPT = 16  # tokens from which a second graph reads them; fewer may be a draft, which must come out as it would alone
@@ -43,8 +45,14 @@ class OnnxSession:
                 raise DataError(f"is of another model than {GRAPH}", where=str(folder / PREFILL))
             self._engines = _Engines(engine, _opened(folder / PREFILL, threads))
         self.vocab_size, self.context = self._shape.vocab_size, self._shape.context
-        self._rows = _Rows(self._engines, self._shape, 0, 1)
+        self._rows = self._new_rows(0, 1)
         self._started = False
+
+    def _new_rows(self, count: int, capacity: int, engines: _Engines | None = None) -> Rows | PortableRows:
+        engines = engines or self._engines
+        if self._shape.portable:
+            return PortableRows(engines.step, self._shape, count, _CHUNK)
+        return Rows(engines, self._shape, count, capacity)
 
     @property
     def lengths(self) -> list[int]:
@@ -57,7 +65,7 @@ class OnnxSession:
         if not sizes or min(sizes) < 1:
             raise UsageError("a prompt needs at least one token")
         self._check_room(max(sizes))
-        self._rows = _Rows(self._engines, self._shape, len(sizes), max(sizes) + _HEADROOM)
+        self._rows = self._new_rows(len(sizes), max(sizes) + _HEADROOM)
         self._started = True
         return np.stack([self._rows.extend(row, np.array(ids, np.int64), 1)[0] for row, ids in enumerate(prompts)])
 
@@ -93,7 +101,7 @@ class OnnxSession:
             places = np.flatnonzero(wanted[row])
             if not len(places):
                 continue
-            scratch = _Rows(_Engines(self._engines.step, self._engines.step), self._shape, 1, int(places[-1]) + 1)
+            scratch = self._new_rows(1, int(places[-1]) + 1, _Engines(self._engines.step, self._engines.step))
             first = int(places[0])
             if first:
                 scratch.extend(0, ids[row, :first], 1)
@@ -106,7 +114,7 @@ class OnnxSession:
 
     def close(self) -> None:
         """Lets the cache go."""
-        self._rows = _Rows(self._engines, self._shape, 0, 1)
+        self._rows = self._new_rows(0, 1)
         self._started = False
 
     def _check_room(self, count: int) -> None:
@@ -166,6 +174,7 @@ class _GraphFacts:
         if not (context.isascii() and context.isdigit() and 0 < int(context) < 2**31):
             raise DataError(f"names {context[:40]!r} as its context", where=str(graph))
         self.context, self.independent = int(context), header.metadata[ROWS] == "independent"
+        self.portable = header.metadata.get(TARGET) == "portable"
 
     def _caches(self, stem: str) -> list[str]:
         return [f"{stem}.{layer}.{kind}" for layer in range(self.layers) for kind in ("key", "value")]
@@ -178,6 +187,7 @@ class _GraphShape:
         cache = next(item for item in engine.get_inputs() if item.name == "past_key_values.0.key")
         logits = next(item for item in engine.get_outputs() if item.name == "logits")
         self.layers, self.context, self.independent = facts.layers, facts.context, facts.independent
+        self.portable = facts.portable
         self.dtype: Any = np.float16 if cache.type == "tensor(float16)" else np.float32
         self.heads, self.head_dim = int(cache.shape[1]), int(cache.shape[3])
         self.vocab_size = int(logits.shape[-1])
@@ -186,7 +196,7 @@ class _GraphShape:
 class _Binding:
     """A run of some rows and tokens: its arrays, bound by address."""
 
-    def __init__(self, engine: Any, rows: _Rows, first: int, count: int, tokens: int, keep: int) -> None:
+    def __init__(self, engine: Any, rows: Rows, first: int, count: int, tokens: int, keep: int) -> None:
         shape, self._engine = rows.shape, engine
         self.ids = np.zeros((count, tokens), np.int64)
         self._keep = np.array([keep], np.int64)
@@ -212,7 +222,7 @@ class _Binding:
         return self.logits
 
 
-class _Rows:
+class Rows:
     """Rows side by side: cache, mask and lengths."""
 
     def __init__(self, engines: _Engines, shape: _GraphShape, count: int, capacity: int) -> None:
