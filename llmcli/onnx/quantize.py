@@ -149,18 +149,26 @@ def round_channels(weight: Array) -> ChannelQuantized:
     return ChannelQuantized(np.ascontiguousarray(codes.T), scales)
 
 
+class Moments(Protocol):
+    """Second moments by the name of a matrix, asked for in the order of the blocks (see `calibrate`)."""
+
+    def get(self, name: str) -> Array | None:
+        """(inputs, inputs), the mean of x x^T of what the matrix is multiplied with; None where it is not known."""
+        ...
+
+
 QUANTIZERS: dict[str, type[Quantizer]] = {"round": RoundToNearest}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What each matrix becomes. `moments`: by the name of the matrix; `schemes`: exceptions by name."""
+    """What each matrix becomes. `moments`: for a quantizer that needs them; `schemes`: exceptions by name."""
 
     precision: str = "fp32"  # fp32, fp16, int8, int4
     block_size: int | None = None  # None: chosen for each matrix
     weight_only: bool = False  # int8: activations stay float, rows stay independent
     quantizer: Quantizer = dataclasses.field(default_factory=RoundToNearest)
-    moments: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    moments: Moments | Mapping[str, Array] = dataclasses.field(default_factory=dict)
     schemes: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
     portable: bool = False  # standard operators alone, among which nothing quantizes activations for the product
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcli import config as configs
 from llmcli.config import ExportConfig, TextConfig
+from llmcli.data.cores import available_cores
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
 from llmcli.errors import ConfigError, DataError
 from llmcli.files.artefacts import has_manifest, read_json, resolve_model, size_of
@@ -24,11 +25,13 @@ from llmcli.operations.export_text import ReferenceText
 from llmcli.operations.records import Progress
 
 if TYPE_CHECKING:
+    from llmcli.onnx.calibrate import Calibration
     from llmcli.onnx.folder import GraphFigures
     from llmcli.onnx.quantize import Plan
     from llmcli.operations.export_check import CheckReport
 
 CONFIG, GENERATION, GENAI, REPORT = "config.json", "generation_config.json", "genai_config.json", "export.json"
+_CALIBRATED = 8192  # tokens
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -71,15 +74,17 @@ def export(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {shape.vocab_size}", where=str(folder)
         )
     plan = plan_of(config)
-    windows = None
-    if config.check:
-        windows = ReferenceText(tokenizer, config.calibration, text, shape.max_position_embeddings)
+    reference: ReferenceText | None = None
+    if config.check or plan.quantizer.needs_moments:
+        reference = ReferenceText(tokenizer, config.calibration, text, shape.max_position_embeddings)
+    if reference is not None and plan.quantizer.needs_moments:
+        plan = dataclasses.replace(plan, moments=_calibration(folder, shape, reference, config))
     with staged_folder(output, overwrite=overwrite) as staged:
         figures = yield from _write(folder, shape, plan, staged, config.prefill == "int8")
         size, seconds = size_of(staged), time.perf_counter() - began
         _write_files(folder, settings, shape, tokenizer, staged, config.target == "portable")
         checks: CheckReport | None = None
-        for record in _checks(folder, staged, windows, figures.weights, config):
+        for record in _checks(folder, staged, reference, figures.weights, config):
             if isinstance(record, Progress):
                 yield record
             else:
@@ -119,6 +124,16 @@ def plan_of(config: ExportConfig) -> Plan:
     )
 
 
+def _calibration(folder: Path, shape: DecoderConfig, text: ReferenceText, config: ExportConfig) -> Calibration:
+    """What a quantizer wants to know of each product's inputs, computed as it asks."""
+    from llmcli.onnx.calibrate import Calibration
+    from llmcli.onnx.families import ModelWeights
+    from llmcli.onnx.weights import Weights
+
+    windows = text.calibrated(_CALIBRATED)
+    return Calibration(shape, ModelWeights(shape, Weights(folder)), windows, config.threads or available_cores())
+
+
 def _write(
     folder: Path, shape: DecoderConfig, plan: Plan, staged: Path, prefill: bool
 ) -> Generator[Progress, None, GraphFigures]:
@@ -135,7 +150,7 @@ def _checks(
     folder: Path, staged: Path, text: ReferenceText | None, parameters: int, config: ExportConfig
 ) -> Iterator[Progress | CheckReport]:
     """The gate, where it is asked for."""
-    if text is not None:
+    if config.check and text is not None:
         from llmcli.operations.export_check import check_export
 
         yield from check_export(folder, staged, text, parameters, config)
