@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from llmcli.config import CompleteConfig as CompleteConfig
     from llmcli.config import CorpusConfig as CorpusConfig
     from llmcli.config import EvaluateConfig as EvaluateConfig
+    from llmcli.config import ExportConfig as ExportConfig
     from llmcli.config import GenerateConfig as GenerateConfig
     from llmcli.config import PretrainConfig as PretrainConfig
     from llmcli.config import SamplingConfig as SamplingConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from llmcli.operations.check_data import check_data as check_data
     from llmcli.operations.complete import complete as complete
     from llmcli.operations.evaluate import evaluate as evaluate
+    from llmcli.operations.export import export as export
     from llmcli.operations.generate import generate as generate
     from llmcli.operations.generate import open_generator as open_generator
     from llmcli.operations.generate_file import generate_file as generate_file
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 # Where each public name lives.
 _HOMES = {
     "config": (
-        *("CompleteConfig", "CorpusConfig", "EvaluateConfig", "GenerateConfig", "PretrainConfig"),
+        *("CompleteConfig", "CorpusConfig", "EvaluateConfig", "ExportConfig", "GenerateConfig", "PretrainConfig"),
         *("SamplingConfig", "TextConfig", "TokenizerConfig"),
     ),
     "errors": ("LlmcliError",),
@@ -48,6 +50,7 @@ _HOMES = {
     "operations.check_data": ("check_data",),
     "operations.complete": ("complete",),
     "operations.evaluate": ("evaluate",),
+    "operations.export": ("export",),
     "operations.generate": ("generate", "open_generator"),
     "operations.generate_file": ("generate_file",),
     "operations.inspect": ("describe",),

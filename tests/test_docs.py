@@ -99,6 +99,8 @@ plot runs/first
 evaluate runs/first held-out.txt --threads 1
 generate -m runs/first "Once upon a time" --max-new-tokens 3 --threads 1
 complete -m runs/first "The old m" -n 2 --threads 1
+export runs/first -o first-int4 --calibration notes.txt --threads 1
+generate -m first-int4 "Once upon a time" --max-new-tokens 3 --threads 1
 info runs/first
 verify runs/first
 doctor

@@ -80,7 +80,7 @@ def evaluate(
     Raises DataError for text that cannot be read, ConfigError for a stride beyond the context, LlmcliError where the
     model's predictions are not numbers.
     """
-    from llmcli.runtime.torch_session import open_session
+    from llmcli.runtime.open import open_session
 
     configs.check(config)
     configs.check(text)
