@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from llmcli.config_export import ExportConfig as ExportConfig
 from llmcli.settings import check as check
 from llmcli.settings import from_mapping as from_mapping
 from llmcli.settings import nearest as nearest
@@ -294,6 +295,11 @@ class GenerateConfig:
     ignore_eos: bool = setting(False, "Go on after the end of the text.", group="Generation")
     truncate: bool = setting(False, "Keep the end of a prompt that is longer than the context.", group="Generation")
     batch_size: int = setting(8, "Rows at once.", group="Machine", minimum=1, maximum=4096)
+    fast: bool = setting(
+        False,
+        "Let the rows of an int8 batch share their scales: a text then depends on its neighbours.",
+        group="Machine",
+    )
     device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
     threads: int | None = setting(
         None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024
@@ -343,54 +349,4 @@ class EvaluateConfig:
     device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
     threads: int | None = setting(
         None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024
-    )
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Export
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportConfig:
-    """How a model becomes an ONNX folder."""
-
-    precision: str = setting("int4", "Of the weights.", group="Export", choices=("fp32", "fp16", "int8", "int4"))
-    block_size: str = setting(
-        "auto",
-        "Weights that share a scale; auto: by the bits that they cost.",
-        group="Export",
-        choices=("auto", "32", "64", "128"),
-    )
-    quantizer: str = setting(
-        "auto",
-        "How codes are chosen: round; weight-only: int8 whose activations stay unquantized between rows; "
-        "auto: the best for the precision.",
-        group="Export",
-        choices=("auto", "round", "weight-only"),
-    )
-    calibration: str | None = setting(
-        None,
-        "Text to measure the quantized model on (default: text that Python brings).",
-        group="Export",
-        metavar="FILE",
-    )
-    prefill: str = setting(
-        "same", "int8: a second graph reads prompts faster, for more disk.", group="Export", choices=("same", "int8")
-    )
-    target: str = setting(
-        "ort",
-        "ort: the fast operators of onnxruntime; portable: standard operators alone.",
-        group="Export",
-        choices=("ort", "portable"),
-    )
-    check: bool = setting(True, "Compare with the model in torch before the folder gets its name.", group="Check")
-    max_perplexity_increase: float | None = setting(
-        None,
-        "Percent of perplexity above float32 at which a quantized model is refused.",
-        group="Check",
-        metavar="PERCENT",
-        above=0,
-    )
-    threads: int | None = setting(
-        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1
     )

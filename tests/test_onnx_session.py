@@ -302,3 +302,45 @@ def test_a_portable_graph_has_standard_operators_and_takes_rows_filled_up_on_the
     mask = np.concatenate((mask, np.ones((3, 1), np.int64)), 1)
     given = {"input_ids": fed, "attention_mask": mask, **dict(zip(past, present, strict=True))}
     assert np.abs(engine.run(["logits"], given)[0][:, -1] - session.feed(fed)[:, -1]).max() < 1e-4
+
+
+def test_a_run_that_is_interrupted_leaves_the_rows_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmcli.runtime import onnx_session
+
+    theirs, ours = both(tmp_path)
+    for session in (theirs, ours):
+        session.start([ids_of(9), ids_of(5, 1)])
+    run = onnx_session._Binding.run
+
+    calls = 0
+
+    def stopped(self: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2 or len(self.ids) == 2:  # the second row, or both
+            raise KeyboardInterrupt
+        return run(self)
+
+    for fed in (np.array([[1], [2]]), np.array([ids_of(20), ids_of(20, 1)])):
+        calls = 0
+        monkeypatch.setattr(onnx_session._Binding, "run", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            ours.feed(fed)
+        monkeypatch.setattr(onnx_session._Binding, "run", run)
+        assert ours.lengths == [9, 5]
+    for fed in (np.array([[3], [4]]), np.array([[5, 6], [7, 8]]), np.array([[9], [10]])):
+        assert np.abs(ours.feed(fed) - theirs.feed(fed)).max() < 1e-3
+
+
+def test_rows_of_int8_share_scales_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    folder = make_onnx(make_model(tmp_path / "model"), precision="int8")
+    sessions = [OnnxSession(folder, threads=1), OnnxSession(folder, threads=1, fast=True)]
+    prompts = [ids_of(9), ids_of(5, 1), ids_of(12, 2)]
+    fed = np.array([[3], [50], [96]])
+    found = []
+    for session in sessions:
+        session.start(prompts)
+        found.append(session.feed(fed))
+    assert 1e-4 < np.abs(found[0] - found[1]).max() < 0.2

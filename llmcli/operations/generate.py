@@ -236,13 +236,15 @@ class _Sample:
         )
 
 
-def open_generator(model: str | Path, *, device: str = "auto", threads: int | None = None) -> Generator:
-    """Loads a model folder, or a run's result."""
+def open_generator(
+    model: str | Path, *, device: str = "auto", threads: int | None = None, fast: bool = False
+) -> Generator:
+    """Loads a model folder, or a run's result. `fast`: see `GenerateConfig`."""
     from llmcli.runtime.open import open_session
 
     folder = resolve_model(model)
     tokenizer = load_tokenizer(folder)
-    return Generator(open_session(folder, device=device, threads=threads), tokenizer, _end_ids(folder))
+    return Generator(open_session(folder, device=device, threads=threads, fast=fast), tokenizer, _end_ids(folder))
 
 
 def generate(
@@ -252,7 +254,7 @@ def generate(
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008
 ) -> Iterator[Piece | Generated | Failed]:
     """Continues a prompt, or many, by a model folder or a run; see `Generator.generate`."""
-    generator = open_generator(model, device=config.device, threads=config.threads)
+    generator = open_generator(model, device=config.device, threads=config.threads, fast=config.fast)
     try:
         yield from generator.generate([prompts] if isinstance(prompts, str) else prompts, config, sampling)
     finally:

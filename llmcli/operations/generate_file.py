@@ -113,7 +113,7 @@ def generate_file(
         if tally["prompts"] < len(written.keys):
             raise UsageError("holds more prompts than the input; --overwrite begins anew", where=str(place))
 
-    generator = open_generator(folder, device=config.device, threads=config.threads)
+    generator = open_generator(folder, device=config.device, threads=config.threads, fast=config.fast)
     with contextlib.closing(generator.session), contextlib.closing(_Output(place, sum(kept.sizes))) as writing:
         yield FileStarted(seed, len(kept.keys))
         for record in generator.generate(asked(), config, sampling):

@@ -33,8 +33,12 @@ _HEADROOM = 64  # entries beyond the prompt that the cache begins with
 class OnnxSession:
     """A `Session` over a graph of onnxruntime on the CPU."""
 
-    def __init__(self, folder: Path, *, threads: int | None = None, prefill: bool = True) -> None:
-        """Opens a folder. `prefill`: with its second graph for prompts, where it has one."""
+    def __init__(self, folder: Path, *, threads: int | None = None, prefill: bool = True, fast: bool = False) -> None:
+        """Opens a folder. `prefill`: with its second graph for prompts, where it has one.
+
+        `fast`: rows whose products share a scale run together: much faster, but a row then depends on its neighbours.
+        """
+        self._fast = fast
         facts = _GraphFacts(folder / GRAPH)
         engine = _opened(folder / GRAPH, threads)
         self._shape = _GraphShape(engine, facts)
@@ -76,9 +80,14 @@ class OnnxSession:
         count = ids.shape[1]
         self._check_room(max(self._rows.lengths) + count)
         self._rows.reserve(max(self._rows.lengths) + count)
-        if count == 1 and (self._shape.independent or len(ids) == 1):
+        if count == 1 and (self._shape.independent or self._fast or len(ids) == 1):
             return self._rows.step(ids)
-        return np.stack([self._rows.extend(row, ids[row], keep) for row in range(len(ids))])
+        before = self.lengths
+        try:
+            return np.stack([self._rows.extend(row, ids[row], keep) for row in range(len(ids))])
+        except BaseException:
+            self.rewind(before)
+            raise
 
     def rewind(self, lengths: int | Sequence[int]) -> None:
         """Forgets what lies beyond these lengths, one for all rows or one for each."""
@@ -232,38 +241,56 @@ class Rows:
         self.mask = np.zeros((count, self.capacity), np.int64)
         size = (count, shape.heads, self.capacity, shape.head_dim)
         self.caches = [np.zeros(size, shape.dtype) for _ in range(2 * shape.layers)]
-        self._step: _Binding | None = None
+        self._bindings: dict[tuple[int, ...], _Binding] = {}
 
     def step(self, ids: Ids) -> Logits:
         """Appends a token to each row: (rows, 1) -> (rows, 1, V). There must be room."""
-        if self._step is None:
-            self._step = _Binding(self.engines.step, self, 0, len(self.lengths), 1, 1)
-        self._step.ids[:] = ids
-        for row, length in enumerate(self.lengths):
-            self.mask[row, length] = 1
-            self.lengths[row] = length + 1
-        return self._step.run().copy()
+        return self._run(self.engines.step, 0, ids, 1).copy()
 
     def extend(self, row: int, ids: Ids, keep: int) -> Logits:
         """Appends tokens (n,) to one row; logits of the last `keep`: (keep, V). There must be room."""
         found: list[Logits] = []
+        engine = self.engines.prompt if len(ids) >= _PROMPT else self.engines.step
         for begin in range(0, len(ids), _CHUNK):
             piece = ids[begin : begin + _CHUNK]
             kept = keep - (len(ids) - begin - len(piece))  # how many of this piece's are wanted
-            engine = self.engines.prompt if len(ids) >= _PROMPT else self.engines.step
-            binding = _Binding(engine, self, row, 1, len(piece), max(kept, 1))
-            binding.ids[0] = piece
-            length = self.lengths[row] + len(piece)
-            self.mask[row, self.lengths[row] : length] = 1
-            self.lengths[row] = length
-            logits = binding.run()[0]
+            logits = self._run(engine, row, piece[None], max(kept, 1))[0]
             if kept > 0:
-                found.append(logits)
+                found.append(logits.copy())
         return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _run(self, engine: Any, first: int, ids: Ids, keep: int) -> Logits:
+        """Appends (count, n) ids to `count` rows from `first` on. What is interrupted leaves the rows as they were."""
+        count, tokens = ids.shape
+        binding = self._binding(engine, first, count, tokens, keep)
+        binding.ids[:] = ids
+        rows = range(first, first + count)
+        for row in rows:
+            self.mask[row, self.lengths[row] : self.lengths[row] + tokens] = 1
+        try:
+            logits = binding.run()
+        except BaseException:
+            for row in rows:
+                self.cut(row, self.lengths[row])
+            raise
+        for row in rows:
+            self.lengths[row] += tokens
+        return logits
+
+    def _binding(self, engine: Any, first: int, count: int, tokens: int, keep: int) -> _Binding:
+        """A binding of these sizes: steps and drafts come again and again, prompts do not."""
+        if tokens >= _PROMPT:
+            return _Binding(engine, self, first, count, tokens, keep)
+        key = (first, count, tokens, keep)
+        if key not in self._bindings:
+            if len(self._bindings) > len(self.lengths) + _PROMPT:
+                self._bindings.pop(next(iter(self._bindings)))
+            self._bindings[key] = _Binding(engine, self, first, count, tokens, keep)
+        return self._bindings[key]
 
     def cut(self, row: int, length: int) -> None:
         """Forgets what a row holds beyond a length."""
-        self.mask[row, length : self.lengths[row]] = 0
+        self.mask[row, length:] = 0
         self.lengths[row] = length
 
     def reserve(self, length: int) -> None:
@@ -273,7 +300,7 @@ class Rows:
 
     def resize(self, chosen: Sequence[int], capacity: int) -> None:
         """Puts the chosen rows into new arrays, cache after cache, so that one alone is there twice at a time."""
-        self._step = None
+        self._bindings.clear()
         lengths = [self.lengths[row] for row in chosen]
         held = max(lengths, default=0)
         new_mask = np.zeros((len(chosen), capacity), np.int64)

@@ -12,8 +12,13 @@ from llmcli.files.artefacts import is_onnx
 from llmcli.runtime.session import Session
 
 
-def open_session(folder: str | Path, *, device: str = "auto", threads: int | None = None) -> Session:
-    """Loads a model folder. `device`: auto, cpu, cuda or mps; one that does not work is an error, never another."""
+def open_session(
+    folder: str | Path, *, device: str = "auto", threads: int | None = None, fast: bool = False
+) -> Session:
+    """Loads a model folder. `device`: auto, cpu, cuda or mps; one that does not work is an error, never another.
+
+    `fast`: rows of a batch may depend on each other, where that is faster (ONNX folders in int8).
+    """
     place = Path(folder)
     if not is_onnx(place):
         from llmcli.runtime.torch_session import open_session as open_torch
@@ -23,4 +28,4 @@ def open_session(folder: str | Path, *, device: str = "auto", threads: int | Non
         raise UsageError(f"ONNX folders run on the CPU; {device} needs the model that was exported", where="--device")
     from llmcli.runtime.onnx_session import OnnxSession
 
-    return OnnxSession(place, threads=threads)
+    return OnnxSession(place, threads=threads, fast=fast)

@@ -1,0 +1,53 @@
+"""Settings of `export`; `llmcli.config` holds those of the other commands and names this one too."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from llmcli.settings import setting
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """How a model becomes an ONNX folder."""
+
+    precision: str = setting("int4", "Of the weights.", group="Export", choices=("fp32", "fp16", "int8", "int4"))
+    block_size: str = setting(
+        "auto",
+        "Weights that share a scale; auto: by the bits that they cost.",
+        group="Export",
+        choices=("auto", "32", "64", "128"),
+    )
+    quantizer: str = setting(
+        "auto",
+        "How codes are chosen: round; weight-only: int8 whose activations stay unquantized between rows; "
+        "auto: the best for the precision.",
+        group="Export",
+        choices=("auto", "round", "weight-only"),
+    )
+    calibration: str | None = setting(
+        None,
+        "Text to measure the quantized model on (default: text that Python brings).",
+        group="Export",
+        metavar="FILE",
+    )
+    prefill: str = setting(
+        "same", "int8: a second graph reads prompts faster, for more disk.", group="Export", choices=("same", "int8")
+    )
+    target: str = setting(
+        "ort",
+        "ort: the fast operators of onnxruntime; portable: standard operators alone.",
+        group="Export",
+        choices=("ort", "portable"),
+    )
+    check: bool = setting(True, "Compare with the model in torch before the folder gets its name.", group="Check")
+    max_perplexity_increase: float | None = setting(
+        None,
+        "Percent of perplexity above float32 at which a quantized model is refused.",
+        group="Check",
+        metavar="PERCENT",
+        above=0,
+    )
+    threads: int | None = setting(
+        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1
+    )
