@@ -27,6 +27,7 @@ CONTEXT, ROWS, TARGET = "llmcli.context", "llmcli.rows", "llmcli.target"
 _SCORED = 1 << 23  # logits that scoring holds at once
 _CHUNK = 256  # tokens of a row that one run takes: attention holds heads x chunk x capacity numbers
 _PROMPT = 16  # tokens from which a second graph reads them; fewer may be a draft, which must come out as it would alone
+_SPIN = "50"  # microseconds
 _HEADROOM = 64  # entries beyond the prompt that the cache begins with
 
 
@@ -154,6 +155,9 @@ def _opened(graph: Path, threads: int | None) -> Any:
     options.intra_op_num_threads = threads or available_cores()
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what goes wrong is raised, as one line
+    # Threads that wait for the next product by turning over: long enough for the gap between two products, and no
+    # longer, as on a busy machine they take the cores from whom they wait for (docs/log.md).
+    options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN)
     try:
         return onnxruntime.InferenceSession(str(graph), options, ["CPUExecutionProvider"])
     except Exception as error:  # the library raises its own kinds
