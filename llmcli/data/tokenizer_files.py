@@ -117,6 +117,9 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if (folder / TEMPLATE).is_file():
         return _read_text(folder / TEMPLATE)
     template = config.get("chat_template")
+    if isinstance(template, list):  # several, each with a name
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
     return template if isinstance(template, str) else None
 
 
