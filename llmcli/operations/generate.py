@@ -114,7 +114,7 @@ class Generator:
 
     def _samples(
         self, prompt: str | Prompt, index: int, config: GenerateConfig, sampling: SamplingConfig, seed: int
-    ) -> Iterator[_Sample | Failed]:
+    ) -> Iterator[Sample | Failed]:
         """What a prompt asks for: its samples, all of one and the same list of ids, or why there are none."""
         try:
             numbered = prompt if isinstance(prompt, Prompt) else Prompt(prompt, index)
@@ -135,15 +135,15 @@ class Generator:
                 self.tokenizer.vocab_size,
                 config.logprobs,
             )
-            yield _Sample(self.tokenizer, numbered, number, row, StopStrings(config.stop), seed, left_out)
+            yield Sample(self.tokenizer, numbered, number, row, StopStrings(config.stop), seed, left_out)
 
-    def _run(self, batch: list[_Sample | Failed]) -> Iterator[Piece | Generated | Failed]:
-        running = [place for place, item in enumerate(batch) if isinstance(item, _Sample)]
+    def _run(self, batch: list[Sample | Failed]) -> Iterator[Piece | Generated | Failed]:
+        running = [place for place, item in enumerate(batch) if isinstance(item, Sample)]
         ended: dict[int, Generated | Failed] = {
             place: item for place, item in enumerate(batch) if isinstance(item, Failed)
         }
         due = 0
-        samples = [item for item in batch if isinstance(item, _Sample)]
+        samples = [item for item in batch if isinstance(item, Sample)]
         for event in decode(self.session, [sample.row for sample in samples]) if samples else ():
             sample = samples[event.row]
             text = sample.push(event.choice) if isinstance(event, Token) else sample.finish()
@@ -176,7 +176,7 @@ class Generator:
         return ids[-kept:], len(ids) - kept
 
 
-class _Sample:
+class Sample:
     """A row of ids that becomes text."""
 
     def __init__(

@@ -6,12 +6,12 @@ Invariant: each row ends with exactly one `Finished`, after its last `Token`; it
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from llmcli.runtime.sampling import Choice, Sampler
-from llmcli.runtime.session import Session
+from llmcli.runtime.session import Logits, Session
 
 STOP, LENGTH, CUT = "stop", "length", "cut"
 
@@ -45,10 +45,13 @@ class Finished:
     row: int
 
 
-def decode(session: Session, rows: Sequence[Row]) -> Iterator[Token | Finished]:
+def decode(
+    session: Session, rows: Sequence[Row], prefill: Callable[[Sequence[int]], Logits] | None = None
+) -> Iterator[Token | Finished]:
     """Grows all rows together until each has ended. Rows of one and the same prompt object share its prefill.
 
-    The last token is never fed, so a row may hold one token more than the context.
+    The last token is never fed, so a row may hold one token more than the context. `prefill` puts the prompt that all
+    rows share into the session in place of `start`; who knows what the session holds already need not feed all of it.
     """
     prompts: list[Sequence[int]] = []
     places: dict[int, int] = {}
@@ -56,7 +59,7 @@ def decode(session: Session, rows: Sequence[Row]) -> Iterator[Token | Finished]:
         if id(row.prompt) not in places:
             places[id(row.prompt)] = len(prompts)
             prompts.append(row.prompt)
-    logits = session.start(prompts)
+    logits = session.start(prompts) if prefill is None or len(prompts) > 1 else prefill(prompts[0])
     copies = [places[id(row.prompt)] for row in rows]
     if copies != list(range(len(prompts))):
         session.select(copies)
