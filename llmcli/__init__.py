@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from llmcli.config import ChatConfig as ChatConfig
     from llmcli.config import CompleteConfig as CompleteConfig
     from llmcli.config import CorpusConfig as CorpusConfig
     from llmcli.config import EvaluateConfig as EvaluateConfig
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from llmcli.data.tokenizer import load_tokenizer as load_tokenizer
     from llmcli.errors import LlmcliError as LlmcliError
     from llmcli.models.folder import load_model as load_model
+    from llmcli.operations.chat import open_chat as open_chat
     from llmcli.operations.check_data import check_data as check_data
     from llmcli.operations.complete import complete as complete
     from llmcli.operations.evaluate import evaluate as evaluate
@@ -40,13 +42,14 @@ if TYPE_CHECKING:
 # Where each public name lives.
 _HOMES = {
     "config": (
-        *("CompleteConfig", "CorpusConfig", "EvaluateConfig", "ExportConfig", "GenerateConfig", "PretrainConfig"),
-        *("SamplingConfig", "TextConfig", "TokenizerConfig"),
+        *("ChatConfig", "CompleteConfig", "CorpusConfig", "EvaluateConfig", "ExportConfig", "GenerateConfig"),
+        *("PretrainConfig", "SamplingConfig", "TextConfig", "TokenizerConfig"),
     ),
     "errors": ("LlmcliError",),
     "data.corpus": ("open_corpus",),
     "data.tokenizer": ("load_tokenizer",),
     "models.folder": ("load_model",),
+    "operations.chat": ("open_chat",),
     "operations.check_data": ("check_data",),
     "operations.complete": ("complete",),
     "operations.evaluate": ("evaluate",),

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "export": ("export", "export", "Export a model as an ONNX folder that runs fast and proves itself."),
     "evaluate": ("evaluate", "evaluate", "Measure a model on held-out text."),
     "generate": ("generate", "generate", "Continue a prompt with a model."),
+    "chat": ("chat", "chat", "Talk with a model, turn by turn."),
     "complete": ("complete", "complete", "List the most probable completions of a prefix."),
     "info": ("info", "info", "Describe a tokenizer, corpus, run or model."),
     "verify": ("verify", "verify", "Check that an artefact is whole and consistent."),

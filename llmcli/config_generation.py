@@ -1,0 +1,36 @@
+"""Settings of conversations; `llmcli.config` gives them out with the others."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from llmcli.settings import setting
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatConfig:
+    """How a conversation goes on."""
+
+    max_new_tokens: int = setting(
+        1024, "Tokens of an answer at most.", group="Chat", aliases=("--max-tokens",), minimum=1
+    )
+    keep: str = setting(
+        "all",
+        "When the context is full: an error (all), or leave the oldest turns out but for the system prompt.",
+        group="Chat",
+        choices=("all", "system+last"),
+    )
+    stop: tuple[str, ...] = setting(
+        (), "End an answer before this text; may be given again.", group="Chat", metavar="TEXT"
+    )
+    seed: int | None = setting(
+        None,
+        "Of what is drawn (default: a new one, named on stderr).",
+        group="Chat",
+        minimum=0,
+        maximum=2**63 - 1,
+    )
+    device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
+    threads: int | None = setting(
+        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1
+    )
