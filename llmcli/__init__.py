@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from llmcli.config import ChatConfig as ChatConfig
     from llmcli.config import CompleteConfig as CompleteConfig
+    from llmcli.config import ConstraintConfig as ConstraintConfig
     from llmcli.config import CorpusConfig as CorpusConfig
     from llmcli.config import EvaluateConfig as EvaluateConfig
     from llmcli.config import ExportConfig as ExportConfig
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
 # Where each public name lives.
 _HOMES = {
     "config": (
-        *("ChatConfig", "CompleteConfig", "CorpusConfig", "EvaluateConfig", "ExportConfig", "GenerateConfig"),
-        *("PretrainConfig", "SamplingConfig", "TextConfig", "TokenizerConfig"),
+        *("ChatConfig", "CompleteConfig", "ConstraintConfig", "CorpusConfig", "EvaluateConfig", "ExportConfig"),
+        *("GenerateConfig", "PretrainConfig", "SamplingConfig", "TextConfig", "TokenizerConfig"),
     ),
     "errors": ("LlmcliError",),
     "data.corpus": ("open_corpus",),

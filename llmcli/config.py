@@ -6,6 +6,7 @@ import dataclasses
 
 from llmcli.config_export import ExportConfig as ExportConfig
 from llmcli.config_generation import ChatConfig as ChatConfig
+from llmcli.config_generation import ConstraintConfig as ConstraintConfig
 from llmcli.settings import check as check
 from llmcli.settings import from_mapping as from_mapping
 from llmcli.settings import nearest as nearest

@@ -1,4 +1,4 @@
-"""Settings of conversations; `llmcli.config` gives them out with the others."""
+"""Settings of conversations and of constrained output; `llmcli.config` gives them out with the others."""
 
 from __future__ import annotations
 
@@ -34,3 +34,19 @@ class ChatConfig:
     threads: int | None = setting(
         None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstraintConfig:
+    """What a text must be; at most one of these."""
+
+    json_schema: str | None = setting(
+        None, "JSON that fits this schema: a file, or the schema itself.", group="Constraint", metavar="FILE|JSON"
+    )
+    regex: str | None = setting(
+        None, "Text that matches this expression as a whole.", group="Constraint", metavar="PATTERN"
+    )
+    choice: tuple[str, ...] = setting(
+        (), "One of these texts; given again for each.", group="Constraint", metavar="TEXT"
+    )
+    grammar: str | None = setting(None, "Text that fits a grammar (Lark).", group="Constraint", metavar="FILE")

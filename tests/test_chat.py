@@ -346,6 +346,19 @@ def test_piped_messages_are_answered_line_by_line(small: Path, opened: Any) -> N
     assert told[7]["where"].startswith("<stdin>:9")
 
 
+def test_answers_under_a_constraint(small: Path) -> None:
+    line = json.dumps({"role": "user", "content": "Tell me."}) + "\n"
+    found = asked(small, line + line, "--choice", "yes", "--choice", "no", "--seed", "1")
+    assert found.returncode == 0
+    records = [json.loads(line) for line in found.stdout.splitlines()]
+    assert {record["content"] for record in records} <= {"yes", "no"}
+    assert records[1]["cached_tokens"] >= records[0]["prompt_tokens"]
+    found = asked(small, line, "--regex", "[a-z]{50}", "--max-tokens", "3", "--json")
+    assert found.returncode == 4
+    assert json.loads(found.stdout)["valid"] is False
+    assert json.loads(found.stderr)["error"]["kind"] == "cut"
+
+
 def test_a_model_without_a_template_names_the_way_out(tmp_path: Path, llmcli: Run) -> None:
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     model = make_model(tmp_path / "model", tokenizer)

@@ -13,8 +13,8 @@ import click
 
 from llmcli.cli.options import GroupedCommand, settings, shared_options
 from llmcli.cli.streams import notice, stdin_is_piped, write_json, write_out
-from llmcli.config import ChatConfig, SamplingConfig
-from llmcli.errors import DataError, LlmcliError, UsageError
+from llmcli.config import ChatConfig, ConstraintConfig, SamplingConfig
+from llmcli.errors import CutShortError, DataError, LlmcliError, UsageError
 
 if TYPE_CHECKING:
     from llmcli.operations.chat import Answer, Chat
@@ -35,10 +35,15 @@ _HELP = """\
 @click.option("-m", "--model", required=True, metavar="PATH", help="Model or run to use.")
 @click.option("-s", "--system", metavar="TEXT", help="System prompt.")
 @click.option("--template", metavar="FILE", help="Jinja chat template, in place of the model's own.")
-@settings(SamplingConfig, ChatConfig)
+@settings(SamplingConfig, ChatConfig, ConstraintConfig)
 @shared_options
 def chat(
-    model: str, system: str | None, template: str | None, sampling_config: SamplingConfig, chat_config: ChatConfig
+    model: str,
+    system: str | None,
+    template: str | None,
+    sampling_config: SamplingConfig,
+    chat_config: ChatConfig,
+    constraint_config: ConstraintConfig,
 ) -> None:
     r"""Talk with a model, turn by turn.
 
@@ -55,7 +60,9 @@ def chat(
         raise UsageError("there is nobody to talk with: run it on a terminal, or pipe messages in (JSON, one a line)")
     from llmcli.operations.chat import open_chat
 
-    opened = open_chat(model, chat_config, sampling_config, system=system, template=template)
+    opened = open_chat(
+        model, chat_config, sampling_config, system=system, template=template, constraint=constraint_config
+    )
     with contextlib.closing(opened):
         if chat_config.seed is None and sampling_config.temperature > 0:
             notice(f"seed {opened.seed}")
@@ -66,12 +73,14 @@ def _pipe(chat: Chat) -> None:
     """A line of JSON for each line of JSON; a line that is wrong is one answer lost."""
     from llmcli.operations.chat_lines import answer_lines
 
-    lines = failed = 0
+    lines = failed = cut = 0
     for record in answer_lines(chat, sys.stdin.buffer):
-        lines, failed = lines + 1, failed + ("error" in record)
+        lines, failed, cut = lines + 1, failed + ("error" in record), cut + (record.get("valid") is False)
         write_json(record)
     if failed:
         raise DataError(f"{failed:,} of {lines:,} lines failed; their records say why", where="<stdin>")
+    if cut:
+        raise CutShortError(f"{cut:,} of {lines:,} answers were cut short of what their constraint asks for")
 
 
 # ----------------------------------------------------------------------------------------------------------------

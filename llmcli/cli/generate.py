@@ -17,8 +17,8 @@ from llmcli.cli.options import (
     shared_options,
 )
 from llmcli.cli.streams import notice, read_stdin, stdin_is_piped, write_json, write_out
-from llmcli.config import GenerateConfig, SamplingConfig
-from llmcli.errors import DataError, UsageError
+from llmcli.config import ConstraintConfig, GenerateConfig, SamplingConfig
+from llmcli.errors import CutShortError, DataError, UsageError
 
 if TYPE_CHECKING:
     from llmcli.operations.generate import Generated
@@ -35,7 +35,7 @@ _FILES: dict[str, Any] = {"cls": SectionOption, "section": "Files"}
 @click.option("-o", "--output", metavar="FILE", help="JSON Lines to write; goes on where it stopped.", **_FILES)
 @click.option("--prompt-field", default="prompt", show_default=True, help="Field with the prompt.", **_FILES)
 @overwrite_option
-@settings(SamplingConfig, GenerateConfig)
+@settings(SamplingConfig, GenerateConfig, ConstraintConfig)
 @shared_options
 def generate(
     prompt: tuple[str, ...],
@@ -47,12 +47,14 @@ def generate(
     overwrite: bool,
     sampling_config: SamplingConfig,
     generate_config: GenerateConfig,
+    constraint_config: ConstraintConfig,
 ) -> None:
     """Continue a prompt with a model.
 
     Piped text comes before PROMPT. The text is streamed to stdout; several samples are set apart by a line "---". With
     --logprobs it is a line a token: the token, its log-probability, and the most probable ones in its place. With
-    --input, each row of a file is continued into --output, and an interrupted call goes on when it is repeated.
+    --input, each row of a file is continued into --output, and an interrupted call goes on when it is repeated. A text
+    under a constraint (--json-schema, --regex, --choice, --grammar) fits it, or was cut short: exit code 4.
 
     \b
     Example:
@@ -63,7 +65,7 @@ def generate(
     if source is not None and output is not None:
         if prompt or named is not None:
             raise UsageError("there is a prompt and an --input: give one of them")
-        _file(model, source, output, generate_config, sampling_config, prompt_field, overwrite)
+        _file(model, source, output, generate_config, sampling_config, constraint_config, prompt_field, overwrite)
         return
     if prompt and named is not None:
         raise UsageError("there are two prompts: give one of PROMPT and --prompt")
@@ -71,10 +73,10 @@ def generate(
     text = prompt_text(words, read_stdin=read_stdin, piped=stdin_is_piped())
     if text is None:
         raise UsageError('there is no prompt: give it as an argument ("" for an empty one), or pipe it in')
-    _one(model, text, generate_config, sampling_config)
+    _one(model, text, generate_config, sampling_config, constraint_config)
 
 
-def _one(model: str, text: str, config: GenerateConfig, sampling: SamplingConfig) -> None:
+def _one(model: str, text: str, config: GenerateConfig, sampling: SamplingConfig, constraint: ConstraintConfig) -> None:
     from llmcli.operations.generate import Generated, Piece, new_seed
     from llmcli.operations.generate import generate as run
 
@@ -84,7 +86,8 @@ def _one(model: str, text: str, config: GenerateConfig, sampling: SamplingConfig
             notice(f"seed {config.seed}")
     streamed = config.num_samples == 1 and config.logprobs is None and not is_json()
     told = False
-    for record in run(model, text, config, sampling):
+    cut = 0
+    for record in run(model, text, config, sampling, constraint):
         if isinstance(record, Piece) and streamed:
             write_out(record.text)
         elif isinstance(record, Generated):
@@ -92,8 +95,11 @@ def _one(model: str, text: str, config: GenerateConfig, sampling: SamplingConfig
                 notice(f"The first {record.truncated_tokens:,} tokens of the prompt were left out.")
                 told = True
             _show(record, streamed)
+            cut += record.valid is False
             if record.finish_reason == "cut":
                 notice("The text ends here because the model's context is full.")
+    if cut:
+        raise CutShortError("the text was cut short of what its constraint asks for; a greater --max-new-tokens helps")
 
 
 def _show(record: Generated, streamed: bool) -> None:
@@ -116,6 +122,7 @@ def _file(
     output: str,
     config: GenerateConfig,
     sampling: SamplingConfig,
+    constraint: ConstraintConfig,
     field: str,
     overwrite: bool,
 ) -> None:
@@ -124,7 +131,9 @@ def _file(
     from llmcli.operations.records import Progress
 
     with progress("generate") as show:
-        for record in generate_file(model, source, output, config, sampling, field=field, overwrite=overwrite):
+        for record in generate_file(
+            model, source, output, config, sampling, constraint, field=field, overwrite=overwrite
+        ):
             if isinstance(record, FileStarted):
                 if config.seed is None and sampling.temperature > 0:
                     notice(f"seed {record.seed}")
@@ -140,3 +149,5 @@ def _file(
         notice(f"{report.output}: {report.prompts:,} prompts, {report.failed:,} failed; {report.tokens:,} tokens")
     if report.failed:
         raise DataError(f"{report.failed:,} of {report.prompts:,} prompts failed; their records say why", where=output)
+    if report.cut:
+        raise CutShortError(f"{report.cut:,} texts were cut short of what their constraint asks for", where=output)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcli import config as configs
-from llmcli.config import ChatConfig, SamplingConfig
+from llmcli.config import ChatConfig, ConstraintConfig, SamplingConfig
 from llmcli.data.chat_template import ChatTemplate, open_template
 from llmcli.data.rows import read_rows
 from llmcli.data.stop_strings import StopStrings
@@ -22,6 +22,7 @@ from llmcli.errors import ConfigError, DataError, UsageError
 from llmcli.files.artefacts import resolve_model
 from llmcli.files.atomic import write_file
 from llmcli.operations.chat_ids import ChatIds
+from llmcli.operations.constraints import Constraint, read_constraint
 from llmcli.operations.generate import Generator, Piece, Prompt, Sample, new_seed, open_generator
 from llmcli.runtime.decoding import Row, Token, decode
 from llmcli.runtime.prefix import Prefix, StoppedPrefill
@@ -42,6 +43,7 @@ class Answer:
     finish_reason: str  # stop, length, cut: as of `Generated`; stopped: by the reader
     seed: int
     left_out: int  # messages of the history that the model did not see, as the context was full
+    valid: bool | None = None  # as of `Generated`
 
 
 class Chat:
@@ -55,15 +57,20 @@ class Chat:
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008
         *,
         system: str | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         configs.check(config)
         configs.check(sampling)
         if "" in config.stop:
             raise ConfigError("a stop string must not be empty", where="stop")
+        if constraint is not None and config.stop:
+            raise ConfigError("the constraint says where a text ends; leave --stop out", where=constraint.where)
         self.generator, self.config, self.sampling = generator, config, sampling
         self.seed = new_seed() if config.seed is None else config.seed
         self.messages: list[Message] = []
         self._ids = ChatIds(template, generator.tokenizer)
+        self._ends = generator.end_ids | self._ids.ends
+        self._grammar = None if constraint is None else generator.constrainer.grammar(constraint, self._ends)
         self._prefix = Prefix(generator.session, go_on=lambda: not self._stop)
         self._stop = False
         self._attempt = self._first = 0  # answers to the last question; the first message that the model sees
@@ -135,13 +142,10 @@ class Chat:
         self._stop = False
         first, ids = self._fitting(messages)
         turn = sum(message["role"] == "user" for message in messages)
-        row = Row(
-            ids,
-            Sampler(self.sampling, seed=self.seed, stream=(turn, attempt), seen=ids),
-            self.config.max_new_tokens,
-            self.generator.end_ids | self._ids.ends,
-            self.generator.tokenizer.vocab_size,
-        )
+        matcher = None if self._grammar is None else self._grammar.matcher()
+        sampler = Sampler(self.sampling, seed=self.seed, stream=(turn, attempt), seen=ids, matcher=matcher)
+        vocab_size = self.generator.tokenizer.vocab_size
+        row = Row(ids, sampler, self.config.max_new_tokens, self._ends, vocab_size)
         stops = StopStrings(self.config.stop)
         sample = Sample(self.generator.tokenizer, Prompt(""), 0, row, stops, self.seed, 0)
         try:
@@ -164,7 +168,7 @@ class Chat:
         self.messages = [*messages, {"role": "assistant", "content": made.text}]
         self._first, self._attempt = first, attempt
         reused = self._prefix.reused
-        yield Answer(made.text, len(ids), reused, made.tokens, made.finish_reason, self.seed, left_out)
+        yield Answer(made.text, len(ids), reused, made.tokens, made.finish_reason, self.seed, left_out, made.valid)
 
     def _fitting(self, messages: Sequence[Message]) -> tuple[int, list[int]]:
         """(the first message that is shown beside the system prompt, the ids). Raises UsageError where it is too long.
@@ -220,8 +224,14 @@ def open_chat(
     *,
     system: str | None = None,
     template: str | Path | None = None,
+    constraint: ConstraintConfig = ConstraintConfig(),  # noqa: B008
 ) -> Chat:
     """Loads a model folder, or a run's result, for a conversation. `template`: a Jinja file in place of its own."""
+    asked = read_constraint(constraint)
     opened = open_template(load_tokenizer(resolve_model(model)), template)  # before the weights: it may be missing
-    generator = open_generator(model, device=config.device, threads=config.threads)
-    return Chat(generator, opened, config, sampling, system=system)
+    try:
+        generator = open_generator(model, device=config.device, threads=config.threads)
+        return Chat(generator, opened, config, sampling, system=system, constraint=asked)
+    except BaseException:
+        opened.close()
+        raise

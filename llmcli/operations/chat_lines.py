@@ -43,4 +43,7 @@ def _answered(chat: Chat, line: bytes, name: str, number: int) -> dict[str, Any]
         chat.begin(before)
         error.where = error.where or where
         raise
-    return {"role": "assistant", **dataclasses.asdict(answer)}
+    made = {"role": "assistant", **dataclasses.asdict(answer)}
+    if answer.valid is None:
+        del made["valid"]
+    return made

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from llmcli import config as configs
-from llmcli.config import GenerateConfig, SamplingConfig
+from llmcli.config import ConstraintConfig, GenerateConfig, SamplingConfig
 from llmcli.data.stop_strings import StopStrings
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
 from llmcli.errors import ConfigError, DataError, LlmcliError, UsageError
 from llmcli.files.artefacts import read_json, resolve_model
+from llmcli.operations.constraints import Constrainer, Constraint, read_constraint
+from llmcli.runtime.constraint import Grammar
 from llmcli.runtime.decoding import STOP, Finished, Row, Token, decode
 from llmcli.runtime.sampling import Choice, Sampler
 from llmcli.runtime.session import Session
@@ -69,6 +71,7 @@ class Generated:
     seed: int
     truncated_tokens: int  # left out at the prompt's begin
     logprobs: tuple[TokenLogprob, ...] | None = None
+    valid: bool | None = None  # whether the text fits the constraint: not where it was cut short; None: there is none
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,12 +91,14 @@ class Generator:
             raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {session.vocab_size}")
         self.session, self.tokenizer = session, tokenizer
         self.end_ids = frozenset(end_ids) or frozenset(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
+        self.constrainer = Constrainer(tokenizer)
 
     def generate(
         self,
         prompts: Iterable[str | Prompt],
         config: GenerateConfig = GenerateConfig(),  # noqa: B008 -- frozen
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008
+        constraint: Constraint | None = None,
     ) -> Iterator[Piece | Generated | Failed]:
         """Continues prompts, `batch_size` rows at a time. What ends comes in the order of the prompts and samples.
 
@@ -103,17 +108,27 @@ class Generator:
         configs.check(sampling)
         if "" in config.stop:
             raise ConfigError("a stop string must not be empty", where="stop")
+        if constraint is not None and (config.stop or config.ignore_eos):
+            other = "--stop" if config.stop else "--ignore-eos"
+            raise ConfigError(f"the constraint says where a text ends; leave {other} out", where=constraint.where)
+        grammar = None if constraint is None else self.constrainer.grammar(constraint, self.end_ids)
         seed = new_seed() if config.seed is None else config.seed
         samples = (
             item
             for index, prompt in enumerate(prompts)
-            for item in self._samples(prompt, index, config, sampling, seed)
+            for item in self._samples(prompt, index, config, sampling, grammar, seed)
         )
         while batch := list(itertools.islice(samples, config.batch_size)):
             yield from self._run(batch)
 
     def _samples(
-        self, prompt: str | Prompt, index: int, config: GenerateConfig, sampling: SamplingConfig, seed: int
+        self,
+        prompt: str | Prompt,
+        index: int,
+        config: GenerateConfig,
+        sampling: SamplingConfig,
+        grammar: Grammar | None,
+        seed: int,
     ) -> Iterator[Sample | Failed]:
         """What a prompt asks for: its samples, all of one and the same list of ids, or why there are none."""
         try:
@@ -127,9 +142,10 @@ class Generator:
             yield Failed(prompt.index, prompt.id, error)
             return
         for number in range(config.num_samples):
+            matcher = None if grammar is None else grammar.matcher()
             row = Row(
                 ids,
-                Sampler(sampling, seed=seed, stream=(numbered.index, number), seen=ids),
+                Sampler(sampling, seed=seed, stream=(numbered.index, number), seen=ids, matcher=matcher),
                 config.max_new_tokens,
                 frozenset() if config.ignore_eos else self.end_ids,
                 self.tokenizer.vocab_size,
@@ -222,6 +238,7 @@ class Sample:
 
     def result(self) -> Generated:
         """The sample as it ended."""
+        matcher = self.row.sampler.matcher
         return Generated(
             index=self.prompt.index,
             id=self.prompt.id,
@@ -233,6 +250,7 @@ class Sample:
             seed=self._seed,
             truncated_tokens=self._left_out,
             logprobs=tuple(self._logprobs) if self.row.logprobs is not None else None,
+            valid=None if matcher is None else matcher.complete,
         )
 
 
@@ -252,11 +270,13 @@ def generate(
     prompts: str | Iterable[str | Prompt],
     config: GenerateConfig = GenerateConfig(),  # noqa: B008  (frozen)
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008
+    constraint: ConstraintConfig = ConstraintConfig(),  # noqa: B008
 ) -> Iterator[Piece | Generated | Failed]:
     """Continues a prompt, or many, by a model folder or a run; see `Generator.generate`."""
+    asked = read_constraint(constraint)
     generator = open_generator(model, device=config.device, threads=config.threads, fast=config.fast)
     try:
-        yield from generator.generate([prompts] if isinstance(prompts, str) else prompts, config, sampling)
+        yield from generator.generate([prompts] if isinstance(prompts, str) else prompts, config, sampling, asked)
     finally:
         generator.session.close()
 

@@ -75,6 +75,8 @@ def decode(
             else:
                 row.ids.append(choice.id)
                 yield Token(index, choice)
+                if row.finish_reason is None and row.sampler.matcher is not None and row.sampler.matcher.ended:
+                    row.finish_reason = STOP
                 if row.finish_reason is None and len(row.ids) >= row.max_new_tokens:
                     row.finish_reason = LENGTH
                 if row.finish_reason is None and len(row.prompt) + len(row.ids) > session.context:

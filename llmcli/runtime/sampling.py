@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from llmcli.config import SamplingConfig
 from llmcli.errors import LlmcliError
+from llmcli.runtime.constraint import Matcher
 
 Vector = npt.NDArray[np.float32]
 _HEAD = 512  # the most probable tokens that top-p looks at first: sorting a vocabulary of 150,000 costs 10 ms
@@ -29,12 +30,21 @@ class Choice:
 
 
 class Sampler:
-    """Chooses a row's tokens. `stream` tells the rows of a seed apart, so that each draws numbers of its own."""
+    """Chooses a row's tokens. `stream` tells the rows of a seed apart, so that each draws numbers of its own.
+
+    What `matcher` does not allow has no probability: it is left out before temperature, top-k and the rest.
+    """
 
     def __init__(
-        self, config: SamplingConfig, *, seed: int = 0, stream: Sequence[int] = (), seen: Sequence[int] = ()
+        self,
+        config: SamplingConfig,
+        *,
+        seed: int = 0,
+        stream: Sequence[int] = (),
+        seen: Sequence[int] = (),
+        matcher: Matcher | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.matcher = config, matcher
         self._random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, *stream])))
         self._seen = set(seen) if config.repetition_penalty != 1 else None
 
@@ -46,6 +56,9 @@ class Sampler:
         if not np.isfinite(logits.max()):
             raise LlmcliError("the model's logits are not finite: its weights are broken, or its precision too low")
         scores = self._penalised(logits)
+        allowed = None if self.matcher is None else self.matcher.allowed()
+        if allowed is not None:
+            scores = scores[allowed]
         if self.config.temperature == 0:
             identity = int(scores.argmax())
         else:
@@ -54,6 +67,9 @@ class Sampler:
             bounds = probabilities.cumsum()
             place = int(bounds.searchsorted(self._random.random() * bounds[-1], side="right"))
             identity = int(ids[min(place, len(ids) - 1)])
+        if self.matcher is not None and allowed is not None:
+            identity = int(allowed[identity])
+            self.matcher.accept(identity)
         if self._seen is not None:
             self._seen.add(identity)
         if top is None:
