@@ -83,21 +83,22 @@ class Matcher:
     """A text that grows by tokens which its grammar allows."""
 
     def __init__(self, native: Any, vocabulary: Vocabulary) -> None:
-        self._native, self._size, self._ends = native, vocabulary.size, frozenset(vocabulary.ends)
+        self._native, self._size = native, vocabulary.size
+        self._end = vocabulary.ends[0]
         self._mask = np.zeros(vocabulary.words, np.int32)
         self._bytes = self._mask.view(np.uint8)
 
-    def allowed(self) -> npt.NDArray[np.int64]:
-        """The ids that may come next, ascending; those that end a text are among them when it may end."""
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """Which tokens may come next: (V,); those that end a text are among them when it may end."""
         try:
             self._native.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         except ValueError as error:
             raise self._failure(str(error)) from error
-        bits = np.unpackbits(self._bytes, bitorder="little", count=self._size)
-        found = np.flatnonzero(bits.view(np.bool_))
-        if len(found) <= len(self._ends) and self._ends.issuperset(found.tolist()) and not self.complete:
+        found = np.unpackbits(self._bytes, bitorder="little").view(np.bool_)
+        # Where nothing can follow, llguidance allows the end alone, whether the text may end or not.
+        if found[self._end] and not self.complete:
             raise self._failure("no token of the vocabulary can go on with the text")
-        return found
+        return found[: self._size]
 
     def accept(self, identity: int) -> None:
         """Takes a token, one of those that are allowed."""

@@ -56,9 +56,14 @@ class Sampler:
         if not np.isfinite(logits.max()):
             raise LlmcliError("the model's logits are not finite: its weights are broken, or its precision too low")
         scores = self._penalised(logits)
-        allowed = None if self.matcher is None else self.matcher.allowed()
-        if allowed is not None:
-            scores = scores[allowed]
+        kept: npt.NDArray[np.int64] | None = None  # the ids of the scores, where they are not all there
+        if self.matcher is not None:
+            allowed = self.matcher.allowed()
+            if self.config.temperature > 0 and 2 * np.count_nonzero(allowed) < len(allowed):
+                kept = np.flatnonzero(allowed)  # few are drawn from faster than many
+                scores = scores[kept]
+            else:
+                scores = np.where(allowed, scores, -np.inf)
         if self.config.temperature == 0:
             identity = int(scores.argmax())
         else:
@@ -67,8 +72,9 @@ class Sampler:
             bounds = probabilities.cumsum()
             place = int(bounds.searchsorted(self._random.random() * bounds[-1], side="right"))
             identity = int(ids[min(place, len(ids) - 1)])
-        if self.matcher is not None and allowed is not None:
-            identity = int(allowed[identity])
+        if kept is not None:
+            identity = int(kept[identity])
+        if self.matcher is not None:
             self.matcher.accept(identity)
         if self._seen is not None:
             self._seen.add(identity)
