@@ -101,6 +101,7 @@ generate -m runs/first "Once upon a time" --max-new-tokens 3 --threads 1
 complete -m runs/first "The old m" -n 2 --threads 1
 export runs/first -o first-int4 --calibration notes.txt --threads 1
 generate -m first-int4 "Once upon a time" --max-new-tokens 3 --threads 1
+chat -m runs/first --template chat.jinja --max-new-tokens 3 --threads 1
 info runs/first
 verify runs/first
 doctor
@@ -111,8 +112,11 @@ completion bash
 def test_the_pipeline_of_the_readme_runs_from_end_to_end(llmcli: Run, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("The old man went to the sea. Once upon a time there was a boat.\n" * 60)
     (tmp_path / "held-out.txt").write_text("The old man had a boat.\n" * 4)
+    (tmp_path / "chat.jinja").write_text("{{ messages[-1].content }}")
+    (tmp_path / "message.jsonl").write_text('{"role": "user", "content": "The old"}\n')
     for line in PIPELINE:
-        found = llmcli(*shlex.split(line), cwd=tmp_path, stdin=subprocess.DEVNULL)
+        with open(tmp_path / "message.jsonl" if line.startswith("chat") else "/dev/null") as stdin:
+            found = llmcli(*shlex.split(line), cwd=tmp_path, stdin=stdin)
         assert found.returncode == 0, (line, found.stderr)
         assert "Traceback" not in found.stderr
     covered = {" ".join(name.split()[1:]) for name, _ in LEAVES} - {"quickstart"}

@@ -652,7 +652,7 @@ def test_the_command_on_a_file_exits_2_where_rows_failed(small: Path, tmp_path: 
     ]
     rows(source, [item for item in PROMPTS if item.get("id") not in ("long", "none")])
     fine = invoke(small, "--json", *words, "--overwrite", "--temp", 0)
-    assert set(json.loads(fine.stdout)) == {"output", "prompts", "failed", "tokens", "seed"}
+    assert set(json.loads(fine.stdout)) == {"output", "prompts", "failed", "tokens", "seed", "cut"}
     assert (fine.exit_code, fine.stderr) == (0, "")
     assert invoke(small, "-q", *words, "--temp", 0, "--overwrite").stderr == ""
 

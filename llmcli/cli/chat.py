@@ -35,12 +35,14 @@ _HELP = """\
 @click.option("-m", "--model", required=True, metavar="PATH", help="Model or run to use.")
 @click.option("-s", "--system", metavar="TEXT", help="System prompt.")
 @click.option("--template", metavar="FILE", help="Jinja chat template, in place of the model's own.")
+@click.option("--prompt-cache", metavar="FILE", help="Keeps the first prompt, for the next call.")
 @settings(SamplingConfig, ChatConfig, ConstraintConfig)
 @shared_options
 def chat(
     model: str,
     system: str | None,
     template: str | None,
+    prompt_cache: str | None,
     sampling_config: SamplingConfig,
     chat_config: ChatConfig,
     constraint_config: ConstraintConfig,
@@ -61,7 +63,13 @@ def chat(
     from llmcli.operations.chat import open_chat
 
     opened = open_chat(
-        model, chat_config, sampling_config, system=system, template=template, constraint=constraint_config
+        model,
+        chat_config,
+        sampling_config,
+        system=system,
+        template=template,
+        constraint=constraint_config,
+        prompt_cache=prompt_cache,
     )
     with contextlib.closing(opened):
         if chat_config.seed is None and sampling_config.temperature > 0:

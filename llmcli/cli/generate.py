@@ -34,6 +34,7 @@ _FILES: dict[str, Any] = {"cls": SectionOption, "section": "Files"}
 @click.option("-i", "--input", "source", metavar="FILE", help="JSON Lines with a prompt each; -: stdin.", **_FILES)
 @click.option("-o", "--output", metavar="FILE", help="JSON Lines to write; goes on where it stopped.", **_FILES)
 @click.option("--prompt-field", default="prompt", show_default=True, help="Field with the prompt.", **_FILES)
+@click.option("--prompt-cache", metavar="FILE", help="Keeps a prompt that was read, for the next call.", **_FILES)
 @overwrite_option
 @settings(SamplingConfig, GenerateConfig, ConstraintConfig)
 @shared_options
@@ -44,6 +45,7 @@ def generate(
     source: str | None,
     output: str | None,
     prompt_field: str,
+    prompt_cache: str | None,
     overwrite: bool,
     sampling_config: SamplingConfig,
     generate_config: GenerateConfig,
@@ -62,6 +64,8 @@ def generate(
     """
     if (source is None) != (output is None):
         raise UsageError("--input and --output go together")
+    if source is not None and prompt_cache is not None:
+        raise UsageError("--prompt-cache goes with one prompt, not with --input")
     if source is not None and output is not None:
         if prompt or named is not None:
             raise UsageError("there is a prompt and an --input: give one of them")
@@ -73,10 +77,17 @@ def generate(
     text = prompt_text(words, read_stdin=read_stdin, piped=stdin_is_piped())
     if text is None:
         raise UsageError('there is no prompt: give it as an argument ("" for an empty one), or pipe it in')
-    _one(model, text, generate_config, sampling_config, constraint_config)
+    _one(model, text, generate_config, sampling_config, constraint_config, prompt_cache)
 
 
-def _one(model: str, text: str, config: GenerateConfig, sampling: SamplingConfig, constraint: ConstraintConfig) -> None:
+def _one(
+    model: str,
+    text: str,
+    config: GenerateConfig,
+    sampling: SamplingConfig,
+    constraint: ConstraintConfig,
+    cache: str | None,
+) -> None:
     from llmcli.operations.generate import Generated, Piece, new_seed
     from llmcli.operations.generate import generate as run
 
@@ -87,7 +98,7 @@ def _one(model: str, text: str, config: GenerateConfig, sampling: SamplingConfig
     streamed = config.num_samples == 1 and config.logprobs is None and not is_json()
     told = False
     cut = 0
-    for record in run(model, text, config, sampling, constraint):
+    for record in run(model, text, config, sampling, constraint, prompt_cache=cache):
         if isinstance(record, Piece) and streamed:
             write_out(record.text)
         elif isinstance(record, Generated):
@@ -95,6 +106,9 @@ def _one(model: str, text: str, config: GenerateConfig, sampling: SamplingConfig
                 notice(f"The first {record.truncated_tokens:,} tokens of the prompt were left out.")
                 told = True
             _show(record, streamed)
+            if cache is not None and not record.sample:
+                found = f"{record.cached_tokens or 0:,} of {record.prompt_tokens:,}"
+                notice(f"{found} tokens of the prompt were in {cache}.")
             cut += record.valid is False
             if record.finish_reason == "cut":
                 notice("The text ends here because the model's context is full.")

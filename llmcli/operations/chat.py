@@ -24,9 +24,11 @@ from llmcli.files.atomic import write_file
 from llmcli.operations.chat_ids import ChatIds
 from llmcli.operations.constraints import Constraint, read_constraint
 from llmcli.operations.generate import Generator, Piece, Prompt, Sample, new_seed, open_generator
+from llmcli.operations.prompt_cache import PromptCache
 from llmcli.runtime.decoding import Row, Token, decode
 from llmcli.runtime.prefix import Prefix, StoppedPrefill
 from llmcli.runtime.sampling import Sampler
+from llmcli.runtime.session import Logits
 
 STOPPED = "stopped"
 Message = Mapping[str, Any]
@@ -58,6 +60,7 @@ class Chat:
         *,
         system: str | None = None,
         constraint: Constraint | None = None,
+        prompt_cache: PromptCache | None = None,
     ) -> None:
         configs.check(config)
         configs.check(sampling)
@@ -72,6 +75,7 @@ class Chat:
         self._ends = generator.end_ids | self._ids.ends
         self._grammar = None if constraint is None else generator.constrainer.grammar(constraint, self._ends)
         self._prefix = Prefix(generator.session, go_on=lambda: not self._stop)
+        self._cache = prompt_cache
         self._stop = False
         self._attempt = self._first = 0  # answers to the last question; the first message that the model sees
         self.set_system(system)
@@ -149,7 +153,7 @@ class Chat:
         stops = StopStrings(self.config.stop)
         sample = Sample(self.generator.tokenizer, Prompt(""), 0, row, stops, self.seed, 0)
         try:
-            for event in decode(self.generator.session, [row], self._prefix.prefill):
+            for event in decode(self.generator.session, [row], self._prefill):
                 text = sample.push(event.choice) if isinstance(event, Token) else sample.finish()
                 if self._stop and row.finish_reason is None:
                     row.finish_reason = STOPPED
@@ -169,6 +173,15 @@ class Chat:
         self._first, self._attempt = first, attempt
         reused = self._prefix.reused
         yield Answer(made.text, len(ids), reused, made.tokens, made.finish_reason, self.seed, left_out, made.valid)
+
+    def _prefill(self, ids: Sequence[int]) -> Logits:
+        """Reads a prompt from where it differs from what the session, or at first the prompt cache, holds."""
+        if self._cache is not None and not self._prefix.held:
+            self._cache.fill(self._prefix, ids)
+        logits = self._prefix.prefill(ids)
+        if self._cache is not None:
+            self._cache.keep(self.generator.session, ids)
+        return logits
 
     def _fitting(self, messages: Sequence[Message]) -> tuple[int, list[int]]:
         """(the first message that is shown beside the system prompt, the ids). Raises UsageError where it is too long.
@@ -225,13 +238,18 @@ def open_chat(
     system: str | None = None,
     template: str | Path | None = None,
     constraint: ConstraintConfig = ConstraintConfig(),  # noqa: B008
+    prompt_cache: str | Path | None = None,
 ) -> Chat:
-    """Loads a model folder, or a run's result, for a conversation. `template`: a Jinja file in place of its own."""
+    """Loads a model folder, or a run's result, for a conversation.
+
+    `template`: a Jinja file in place of its own; `prompt_cache`: a file that keeps the first prompt, once read.
+    """
     asked = read_constraint(constraint)
     opened = open_template(load_tokenizer(resolve_model(model)), template)  # before the weights: it may be missing
     try:
+        cache = None if prompt_cache is None else PromptCache(prompt_cache, resolve_model(model))
         generator = open_generator(model, device=config.device, threads=config.threads)
-        return Chat(generator, opened, config, sampling, system=system, constraint=asked)
+        return Chat(generator, opened, config, sampling, system=system, constraint=asked, prompt_cache=cache)
     except BaseException:
         opened.close()
         raise

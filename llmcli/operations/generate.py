@@ -7,6 +7,7 @@ the sample): not on the batch that it shared. Pieces of text hold whole characte
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import secrets
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,7 @@ from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
 from llmcli.errors import ConfigError, DataError, LlmcliError, UsageError
 from llmcli.files.artefacts import read_json, resolve_model
 from llmcli.operations.constraints import Constrainer, Constraint, read_constraint
+from llmcli.operations.prompt_cache import PromptCache
 from llmcli.runtime.constraint import Grammar
 from llmcli.runtime.decoding import STOP, Finished, Row, Token, decode
 from llmcli.runtime.sampling import Choice, Sampler
@@ -72,6 +74,7 @@ class Generated:
     truncated_tokens: int  # left out at the prompt's begin
     logprobs: tuple[TokenLogprob, ...] | None = None
     valid: bool | None = None  # whether the text fits the constraint: not where it was cut short; None: there is none
+    cached_tokens: int | None = None  # of the prompt's, those that came from a prompt cache; None: there is none
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,6 +102,7 @@ class Generator:
         config: GenerateConfig = GenerateConfig(),  # noqa: B008 -- frozen
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008
         constraint: Constraint | None = None,
+        prompt_cache: PromptCache | None = None,
     ) -> Iterator[Piece | Generated | Failed]:
         """Continues prompts, `batch_size` rows at a time. What ends comes in the order of the prompts and samples.
 
@@ -119,7 +123,7 @@ class Generator:
             for item in self._samples(prompt, index, config, sampling, grammar, seed)
         )
         while batch := list(itertools.islice(samples, config.batch_size)):
-            yield from self._run(batch)
+            yield from self._run(batch, prompt_cache)
 
     def _samples(
         self,
@@ -153,20 +157,22 @@ class Generator:
             )
             yield Sample(self.tokenizer, numbered, number, row, StopStrings(config.stop), seed, left_out)
 
-    def _run(self, batch: list[Sample | Failed]) -> Iterator[Piece | Generated | Failed]:
+    def _run(self, batch: list[Sample | Failed], cache: PromptCache | None) -> Iterator[Piece | Generated | Failed]:
         running = [place for place, item in enumerate(batch) if isinstance(item, Sample)]
         ended: dict[int, Generated | Failed] = {
             place: item for place, item in enumerate(batch) if isinstance(item, Failed)
         }
         due = 0
         samples = [item for item in batch if isinstance(item, Sample)]
-        for event in decode(self.session, [sample.row for sample in samples]) if samples else ():
+        prefill = None if cache is None else functools.partial(cache.prefill, self.session)
+        for event in decode(self.session, [sample.row for sample in samples], prefill) if samples else ():
             sample = samples[event.row]
             text = sample.push(event.choice) if isinstance(event, Token) else sample.finish()
             if text:
                 yield Piece(sample.prompt.index, sample.number, text)
             if isinstance(event, Finished):
-                ended[running[event.row]] = sample.result()
+                cached = None if cache is None else cache.reused
+                ended[running[event.row]] = dataclasses.replace(sample.result(), cached_tokens=cached)
             while due in ended:
                 yield ended.pop(due)
                 due += 1
@@ -271,12 +277,21 @@ def generate(
     config: GenerateConfig = GenerateConfig(),  # noqa: B008  (frozen)
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008
     constraint: ConstraintConfig = ConstraintConfig(),  # noqa: B008
+    *,
+    prompt_cache: str | Path | None = None,
 ) -> Iterator[Piece | Generated | Failed]:
-    """Continues a prompt, or many, by a model folder or a run; see `Generator.generate`."""
+    """Continues a prompt, or many, by a model folder or a run; see `Generator.generate`.
+
+    `prompt_cache`: a file that keeps what the model computed of a prompt; it goes with one prompt.
+    """
     asked = read_constraint(constraint)
+    if prompt_cache is not None and not isinstance(prompts, str):
+        raise UsageError("a prompt cache goes with one prompt", where=str(prompt_cache))
+    cache = None if prompt_cache is None else PromptCache(prompt_cache, resolve_model(model))
     generator = open_generator(model, device=config.device, threads=config.threads, fast=config.fast)
     try:
-        yield from generator.generate([prompts] if isinstance(prompts, str) else prompts, config, sampling, asked)
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        yield from generator.generate(texts, config, sampling, asked, cache)
     finally:
         generator.session.close()
 

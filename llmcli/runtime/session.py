@@ -7,7 +7,7 @@ Invariant: a session's rows are independent: what one row gives does not depend 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ import numpy.typing as npt
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
+States = npt.NDArray[np.floating[Any]]  # keys or values of a layer and a row: (K, tokens, D)
 
 
 class Session(Protocol):
@@ -45,6 +46,17 @@ class Session(Protocol):
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps the rows named, in that order; a row named twice is copied."""
+        ...
+
+    def export_row(self, row: int) -> list[States]:
+        """What a row holds: layer by layer its keys and then its values, each (K, length, D), copies."""
+        ...
+
+    def import_row(self, states: Sequence[States]) -> None:
+        """Begins anew with one row that holds what `export_row` gave, or the begin of it (fewer tokens, of all layers).
+
+        Raises DataError where the states are not of this model's shapes or do not fit the context.
+        """
         ...
 
     def score(self, ids: Ids, wanted: Mask) -> Logits:

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from llmcli.data.cores import available_cores
-from llmcli.errors import UsageError
+from llmcli.errors import DataError, UsageError
 from llmcli.models.cache import KeyValueCache
 from llmcli.models.decoder import Decoder
 from llmcli.models.folder import load_model
-from llmcli.runtime.session import Ids, Logits, Mask
+from llmcli.runtime.session import Ids, Logits, Mask, States
 
 _SCORED = 1 << 23  # logits that scoring holds at once
 
@@ -66,6 +66,31 @@ class TorchSession:
         """Keeps the rows named, in that order; a row named twice is copied."""
         if self._cache is not None:
             self._cache.select(rows)
+
+    def export_row(self, row: int) -> list[States]:
+        """What a row holds: layer by layer its keys and then its values, each (K, length, D)."""
+        if self._cache is None:
+            raise UsageError("the session was not started")
+        length = int(self._cache.lengths[row])
+        pairs = zip(self._cache.keys, self._cache.values, strict=True)
+        return [held[row, :, :length].float().cpu().numpy().copy() for pair in pairs for held in pair]
+
+    @torch.inference_mode()
+    def import_row(self, states: Sequence[States]) -> None:
+        """Begins anew with one row that holds these."""
+        config = self.model.config
+        length = states[0].shape[1] if states and states[0].ndim == 3 else 0
+        shape = (config.num_key_value_heads, length, config.head_dim)
+        if len(states) != 2 * config.num_hidden_layers or any(array.shape != shape for array in states):
+            raise DataError(f"states of {2 * config.num_hidden_layers} times {shape} are needed")
+        if not 0 < length <= self.context:
+            raise DataError(f"{length} tokens do not fit the model's context of {self.context}")
+        cache = self.model.cache(rows=1, capacity=length + 64)
+        held = [array for pair in zip(cache.keys, cache.values, strict=True) for array in pair]
+        for target, source in zip(held, states, strict=True):
+            target[0, :, :length] = torch.from_numpy(np.ascontiguousarray(source))
+        cache.lengths[:] = length
+        self._cache = cache
 
     @torch.inference_mode()
     def score(self, ids: Ids, wanted: Mask) -> Logits:
