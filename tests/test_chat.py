@@ -380,6 +380,22 @@ def endless(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("endless") / "model", tokenizer, context=30_000)
 
 
+def test_a_terminal_gets_no_control_characters_of_a_template(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("{{ raise_exception('\x1b]52;c;AAAA\x07no') }}")
+    words = ["-m", "llmcli", "chat", "-m", str(small), "--threads", "1", "--template", str(tmp_path / "t.jinja")]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "TERM": "dumb", "LC_ALL": "C.UTF-8"}
+    terminal = pexpect.spawn(sys.executable, words, env=environment, timeout=60, encoding="utf-8")
+    terminal.expect_exact("> ")
+    terminal.sendline("Tell me.")
+    terminal.expect_exact("refuses this conversation: ")
+    terminal.expect_exact("no\r\n")
+    assert terminal.before == "]52;c;AAAA"
+    terminal.sendline("/exit")
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 0
+
+
 def test_a_conversation_on_a_terminal(endless: Path, tmp_path: Path) -> None:
     words = ["-m", "llmcli", "chat", "-m", str(endless), "--threads", "1", "--seed", "1", "--max-tokens", "30000"]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "TERM": "dumb", "LC_ALL": "C.UTF-8"}

@@ -217,6 +217,18 @@ ATTACKS = {
     "extra mro": "{{ ().__class__.__base__.__subclasses__()[0]('x') }}",
     "generator": "{% set g = (messages|map('length')) %}{{ g.gi_frame.f_globals.x.y }}",
     "unicode": "{{ ''['__cl' ~ 'ass__']['__mro__'] }}",
+    "joiner": "{{ joiner.__init__.__globals__ }}",
+    "sum": "{{ [[].__class__]|sum(start='') }}",
+    "map attribute": "{{ ['x']|map(attribute='__class__')|map(attribute='__mro__')|list|first|list }}",
+    "groupby": "{{ ['x']|groupby('__class__.__mro__')|list|length and nothing.at.all }}",
+    "percent": "{{ ('%s' % messages.__class__.__base__).x.y }}",
+    "coroutine": "{{ raise_exception.__code__.co_consts }}",
+    "globals of a macro": "{% macro m() %}{% endmacro %}{{ m.__globals__ }}{{ m._func.__globals__.x }}",
+    "context": "{% set c = self._TemplateReference__context %}{{ c.environment.globals.x.y }}",
+    "loop": "{% for a in [1] %}{{ loop.__class__.__init__.__globals__ }}{{ loop._iterator.__reduce__() }}{% endfor %}",
+    "dict": "{{ dict.__call__.__globals__ }}",
+    "setattr": "{% set messages.x = 1 %}",
+    "from": "{% from '/etc/passwd' import x %}",
     "loads": "{{ (1).__reduce_ex__(2)[0].__globals__.os }}",
 }
 

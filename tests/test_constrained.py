@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,12 @@ def test_files_of_constraints(small: Path, tmp_path: Path) -> None:
     (tmp_path / "s.json").write_text('{"const": 7}')
     assert made(small, ["a"], constraint={"json_schema": str(tmp_path / "s.json")})[0].text == "7"
     assert made(small, ["a"], constraint={"json_schema": '{"const": [1, "é"]}'})[0].valid
+
+
+def test_without_the_package_the_extra_is_named(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(LlmcliError, match=r"llguidance: pip install 'llmcli\[grammar\]'"):
+        made(small, ["a"], constraint={"regex": "a"})
 
 
 def test_what_a_constraint_does_not_go_with(small: Path, tmp_path: Path) -> None:

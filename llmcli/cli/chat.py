@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmcli.cli.options import GroupedCommand, settings, shared_options
-from llmcli.cli.streams import notice, stdin_is_piped, write_json, write_out
+from llmcli.cli.options import GroupedCommand, is_json, settings, shared_options
+from llmcli.cli.streams import notice, printable, stdin_is_piped, write_json, write_out
 from llmcli.config import ChatConfig, ConstraintConfig, SamplingConfig
 from llmcli.errors import CutShortError, DataError, LlmcliError, UsageError
 
@@ -110,7 +110,7 @@ def _converse(chat: Chat) -> None:
             else:
                 _show(chat, chat.ask(line.removeprefix("/") if line.startswith("//") else line))
         except LlmcliError as error:  # the conversation goes on
-            click.echo(f"Error: {' '.join(str(error).splitlines())}", err=True)
+            click.echo(printable(f"Error: {' '.join(str(error).splitlines())}"), err=True)
 
 
 def _read() -> str | None:
@@ -188,17 +188,21 @@ class _Commands:
 
 def _show(chat: Chat, records: Iterator[Any]) -> None:
     """Streams an answer. Ctrl-C stops it; a second one, while it has not stopped, ends the program."""
+    from llmcli.operations.chat_lines import as_record
     from llmcli.operations.generate import Piece
 
     answer: Answer | None = None
     with _stopping(chat):
         for record in records:
-            if isinstance(record, Piece):
-                write_out(record.text)
-            else:
+            if not isinstance(record, Piece):
                 answer = record
+            elif not is_json():
+                write_out(record.text)
     if answer is None:
         notice("Stopped before the answer began; the question was not kept.")
+        return
+    if is_json():
+        write_json(as_record(answer))
         return
     write_out("\n")
     notices = {
@@ -208,6 +212,8 @@ def _show(chat: Chat, records: Iterator[Any]) -> None:
     }
     if answer.finish_reason in notices:
         notice(notices[answer.finish_reason])
+    if answer.valid is False:
+        notice("It was cut short of what its constraint asks for.")
     if answer.left_out:
         notice(f"The context is full: the first {answer.left_out:,} messages were left out.")
 

@@ -43,6 +43,11 @@ def _answered(chat: Chat, line: bytes, name: str, number: int) -> dict[str, Any]
         chat.begin(before)
         error.where = error.where or where
         raise
+    return as_record(answer)
+
+
+def as_record(answer: Answer) -> dict[str, Any]:
+    """An answer as a message, with what is known of it."""
     made = {"role": "assistant", **dataclasses.asdict(answer)}
     if answer.valid is None:
         del made["valid"]
