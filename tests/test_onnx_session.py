@@ -137,6 +137,27 @@ def test_rewinding_forgets_and_selecting_copies_rows(tmp_path: Path, portable: b
     assert np.abs(ours.feed(one) - theirs.feed(one)).max() < 1e-3
 
 
+@pytest.mark.parametrize("portable", [False, True], ids=["ort", "portable"])
+def test_a_row_that_is_exported_and_imported_goes_on_as_it_was(tmp_path: Path, portable: bool) -> None:
+    model = make_model(tmp_path / "llama")
+    folder = make_onnx(model, portable=portable)
+    session, other = (OnnxSession(folder, threads=1) for _ in range(2))
+    session.start([ids_of(6), ids_of(2, seed=1)])
+    states = session.export_row(0)
+    next_ids = np.array([ids_of(2, seed=2)] * 2, np.int64)
+    expected = session.feed(next_ids, 2)[0]
+    other.import_row(states)
+    assert other.lengths == [6]
+    np.testing.assert_allclose(other.feed(next_ids[:1], 2)[0], expected, atol=1e-5)
+    other.import_row([array[:, :2] for array in states])  # the begin alone
+    whole = session.start([[*ids_of(6)[:2], 3]])
+    np.testing.assert_allclose(other.feed(np.array([[3]], np.int64))[:, -1], whole, atol=1e-5)
+    for wrong in ([], states[:-1], [array[0] for array in states], [array[:, :0] for array in states]):
+        with pytest.raises(DataError):
+            other.import_row(wrong)
+    assert other.lengths == [3]  # as it was
+
+
 def test_scores_are_those_of_torch_and_leave_the_rows_alone(tmp_path: Path) -> None:
     theirs, ours = both(tmp_path)
     ids = np.array([ids_of(81), ids_of(81, 1)])

@@ -20,7 +20,7 @@ from llmcli.errors import DataError, UsageError
 from llmcli.files.artefacts import GRAPH, PREFILL
 from llmcli.files.onnx_header import read_onnx
 from llmcli.runtime.portable_rows import PortableRows
-from llmcli.runtime.session import Ids, Logits, Mask
+from llmcli.runtime.session import Ids, Logits, Mask, States
 
 # Facts of the graph: its context; whether its rows are "independent"; whether it is "portable".
 CONTEXT, ROWS, TARGET = "llmcli.context", "llmcli.rows", "llmcli.target"
@@ -101,6 +101,25 @@ class OnnxSession:
         """Keeps the rows named, in that order; a row named twice is copied."""
         if list(rows) != list(range(len(self._rows.lengths))):
             self._rows.resize(rows, self._rows.capacity)
+
+    def export_row(self, row: int) -> list[States]:
+        """What a row holds: layer by layer its keys and then its values, each (K, length, D)."""
+        if not self._started:
+            raise UsageError("the session was not started")
+        return [np.asarray(held, np.float32).copy() for held in self._rows.held(row)]
+
+    def import_row(self, states: Sequence[States]) -> None:
+        """Begins anew with one row that holds these."""
+        shape = self._shape
+        length = states[0].shape[1] if states and states[0].ndim == 3 else 0
+        size = (shape.heads, length, shape.head_dim)
+        if len(states) != 2 * shape.layers or any(array.shape != size for array in states):
+            raise DataError(f"states of {2 * shape.layers} times {size} are needed")
+        if not 0 < length <= self.context:
+            raise DataError(f"{length} tokens do not fit the model's context of {self.context}")
+        rows = self._new_rows(1, length + _HEADROOM)
+        rows.hold(0, states)
+        self._rows, self._started = rows, True
 
     def score(self, ids: Ids, wanted: Mask) -> Logits:
         """Log-probabilities of ids[:, 1:] where `wanted`, 0 elsewhere: (rows, n - 1)."""
@@ -291,6 +310,18 @@ class Rows:
                 self._bindings.pop(next(iter(self._bindings)))
             self._bindings[key] = _Binding(engine, self, first, count, tokens, keep)
         return self._bindings[key]
+
+    def held(self, row: int) -> list[States]:
+        """The keys and values of a row, layer by layer: each (K, length, D)."""
+        return [cache[row, :, : self.lengths[row]] for cache in self.caches]
+
+    def hold(self, row: int, states: Sequence[States]) -> None:
+        """Puts keys and values into a row, in place of what it holds. There must be room."""
+        length = states[0].shape[1]
+        for cache, array in zip(self.caches, states, strict=True):
+            cache[row, :, :length] = array
+        self.mask[row, :length] = 1
+        self.cut(row, length)
 
     def cut(self, row: int, length: int) -> None:
         """Forgets what a row holds beyond a length."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llmcli.runtime.session import Ids, Logits
+from llmcli.runtime.session import Ids, Logits, States
 
 
 class PortableRows:
@@ -45,6 +45,15 @@ class PortableRows:
             if kept > 0:
                 found.append(logits[0])
         return np.concatenate(found)
+
+    def held(self, row: int) -> list[States]:
+        """The keys and values of a row, layer by layer: each (K, length, D)."""
+        return [cache[0] for cache in self._caches[row]]
+
+    def hold(self, row: int, states: Sequence[States]) -> None:
+        """Puts keys and values into a row, in place of what it holds."""
+        self._caches[row] = [np.ascontiguousarray(array[None], self._shape.dtype) for array in states]
+        self.lengths[row] = states[0].shape[1]
 
     def cut(self, row: int, length: int) -> None:
         """Forgets what a row holds beyond a length."""
