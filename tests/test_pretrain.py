@@ -246,6 +246,23 @@ def test_the_run_is_as_long_as_was_asked(tmp_path: Path, corpus: Path, length: d
     assert (events[-1].reason, events[-1].step, events[-1].tokens) == ("steps", steps, 64 * steps)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"kind": "char"}, {"val_fraction": 0.3}, {"val_by": "tail"}, {"split_on": "line"}, {"errors": "replace"}],
+)
+def test_a_setting_of_text_is_refused_where_data_is_a_corpus(
+    tmp_path: Path, corpus: Path, setting: dict[str, Any]
+) -> None:
+    (name,) = setting
+    of_text = name in {field.name for field in dataclasses.fields(TextConfig)}
+    config, reading = (tiny(), TextConfig(**setting)) if of_text else (tiny(**setting), TextConfig())
+    with pytest.raises(UsageError, match=f"^{name}: .* leave it out"):
+        next(pretrain(corpus, tmp_path / "run", config, reading))
+    with pytest.raises(UsageError, match=f"^{name}: "):
+        plan_pretraining(corpus, config, reading)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_in_seconds_ends_by_the_clock_and_validates_at_the_end(tmp_path: Path, corpus: Path) -> None:
     events = go(corpus, tmp_path / "run", tiny(max_steps=None, max_seconds=0.3, eval_every=10_000, save_every=10_000))
     assert [event.event for event in events[-3:]] == ["validation", "checkpoint", "end"]
@@ -734,7 +751,7 @@ def test_a_signal_in_the_middle_of_validation_is_answered_at_once(place: Path) -
     assert fingerprint(place / "run") == fingerprint(place / "straight")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("stage", ["tokenizer", "corpus"])
 def test_a_signal_during_the_preparation_leaves_nothing(place: Path, number: int, code: int, stage: str) -> None:
     (place / "long.txt").write_text(text(6_000_000))

@@ -45,7 +45,7 @@ class _PretrainCommand(GroupedCommand):
 
 
 class Signals:
-    """Remembers the first SIGINT or SIGTERM, so that the work can be saved; a SIGINT after it ends at once.
+    """Remembers the first SIGINT, SIGTERM or SIGHUP, so that the work can be saved; a SIGINT after it ends at once.
 
     That nobody reads what is shown any more counts the same: the work is saved, then it ends quietly.
     """
@@ -84,7 +84,10 @@ class Signals:
     @contextlib.contextmanager
     def caught(self) -> Iterator[Signals]:
         """Takes the signals while the body runs."""
-        before = {number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup, which is meant to go on
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._take) for number in numbers}
         try:
             yield self
         finally:

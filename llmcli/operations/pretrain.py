@@ -86,6 +86,7 @@ def pretrain(
     configs.check(config)
     configs.check(text)
     inputs = [str(data)] if isinstance(data, str | os.PathLike) else [str(item) for item in data]
+    _refuse_unused(inputs, config, text)
     place = Path(run)
     again = resume is not None
     run_folder.refuse_taken(place, resume=again, overwrite=overwrite)
@@ -117,6 +118,7 @@ def plan_pretraining(
     """The plan of a run, without doing anything. For plain text the count of tokens is a guess from its size."""
     configs.check(config)
     inputs = [str(data)] if isinstance(data, str | os.PathLike) else [str(item) for item in data]
+    _refuse_unused(inputs, config, text)
     if _is_corpus(inputs):
         corpus = open_corpus(inputs[0])
         tokens, vocabulary = corpus.train_tokens, corpus.vocab_size
@@ -143,6 +145,17 @@ def _refuse_own(inputs: Sequence[str], config: PretrainConfig, place: Path) -> N
             raise UsageError("a pipe is read once, a tokenizer and a corpus need two: give a file or a --tokenizer")
         read = [source.path for source in sources if source.path is not None]
     run_folder.refuse_own(place, [*read, *filter(None, [config.tokenizer])])
+
+
+def _refuse_unused(inputs: Sequence[str], config: PretrainConfig, text: TextConfig) -> None:
+    """Raises UsageError for a setting that says how text becomes a corpus, where DATA is one already."""
+    if not _is_corpus(inputs):
+        return
+    asked = [(name, config, PretrainConfig()) for name in ("kind", "val_fraction", "val_by")]
+    asked += [(field.name, text, TextConfig()) for field in dataclasses.fields(text)]  # type: ignore[misc]
+    for name, values, default in asked:
+        if getattr(values, name) != getattr(default, name):
+            raise UsageError("says how text becomes a corpus, and DATA is one already: leave it out", where=name)
 
 
 def _is_corpus(inputs: Sequence[str]) -> bool:
