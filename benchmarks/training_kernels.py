@@ -1,6 +1,7 @@
 """Choices inside training, each against its alternative, alternated in one run: attention, Muon's iteration, precision.
 
-* attention, forward and backward, 16 x 6 heads x 256 x 64 in bfloat16: the probabilities kept, or the fused kernel;
+* attention, forward and backward, 16 x 6 heads x 256 x 64 in bfloat16: the probabilities kept, or the fused kernel,
+  each compiled and as it is;
 * Muon's orthogonalisation of 6 matrices of 1024 x 384: four quintics behind the tight bound of the spectral norm, or
   torch.optim.Muon's five of Jordan's coefficients behind Frobenius', with the range of singular values that comes out;
 * a whole step of a small decoder under bfloat16 and under float32, for widths around the one where `auto` changes over.
@@ -44,13 +45,17 @@ def attention(rounds: int) -> dict[str, float]:
     parts = [torch.randn(16, 6, 256, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     gradient = torch.randn(16, 6, 256, 64, dtype=torch.bfloat16)
 
-    def kept() -> None:
-        CausalAttention.apply(*parts, 1).backward(gradient)
+    def kept(*inputs: torch.Tensor) -> torch.Tensor:
+        return CausalAttention.apply(*inputs, 1)
 
-    def fused() -> None:
-        F.scaled_dot_product_attention(*parts, is_causal=True).backward(gradient)
+    def fused(*inputs: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(*inputs, is_causal=True)
 
-    return alternated({"attention, probabilities kept": kept, "attention, fused kernel": fused}, rounds)
+    ways = {"probabilities kept": kept, "fused kernel": fused}
+    ways |= {f"{name}, compiled": torch.compile(way) for name, way in ways.items()}
+    return alternated(
+        {f"attention, {name}": lambda way=way: way(*parts).backward(gradient) for name, way in ways.items()}, rounds
+    )
 
 
 def five_of_jordan(stack: torch.Tensor) -> torch.Tensor:
@@ -105,7 +110,7 @@ def main() -> None:
     seconds |= more | precision(options.rounds)
     for name, found in seconds.items():
         extra = f"   singular values {values[name][0]:.3f} to {values[name][1]:.3f}" if name in values else ""
-        print(f"{name:<36} {1000 * found:>8.2f} ms{extra}")
+        print(f"{name:<40} {1000 * found:>8.2f} ms{extra}")
     print(json.dumps({"benchmark": "training_kernels", "seconds": seconds, "singular_values": values}))
 
 
