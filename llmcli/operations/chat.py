@@ -146,7 +146,7 @@ class Chat:
         self._stop = False
         first, ids = self._fitting(messages)
         turn = sum(message["role"] == "user" for message in messages)
-        matcher = None if self._grammar is None else self._grammar.matcher()
+        matcher = self.generator.characters.matcher() if self._grammar is None else self._grammar.matcher()
         sampler = Sampler(self.sampling, seed=self.seed, stream=(turn, attempt), seen=ids, matcher=matcher)
         vocab_size = self.generator.tokenizer.vocab_size
         row = Row(ids, sampler, self.config.max_new_tokens, self._ends, vocab_size)

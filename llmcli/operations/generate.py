@@ -17,12 +17,14 @@ from typing import Any
 from llmcli import config as configs
 from llmcli.config import ConstraintConfig, GenerateConfig, SamplingConfig
 from llmcli.data.stop_strings import StopStrings
+from llmcli.data.token_bytes import DecodeStream
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
 from llmcli.errors import ConfigError, DataError, LlmcliError, UsageError
 from llmcli.files.artefacts import read_json, resolve_model
 from llmcli.operations.constraints import Constrainer, Constraint, read_constraint
 from llmcli.operations.prompt_cache import PromptCache
-from llmcli.runtime.constraint import Grammar
+from llmcli.runtime.characters import Characters
+from llmcli.runtime.constraint import Grammar, Matcher
 from llmcli.runtime.decoding import STOP, Finished, Row, Token, decode
 from llmcli.runtime.sampling import Choice, Sampler
 from llmcli.runtime.session import Session
@@ -96,6 +98,12 @@ class Generator:
         self.end_ids = frozenset(end_ids) or frozenset(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
         self.constrainer = Constrainer(tokenizer)
 
+    @functools.cached_property
+    def characters(self) -> Characters:
+        """What keeps texts whole; where a decoder's steps are not understood, every token passes."""
+        table = self.tokenizer.bytes_table
+        return Characters(table.table if table.exact else [b""] * self.tokenizer.vocab_size, self.tokenizer.special_ids)
+
     def generate(
         self,
         prompts: Iterable[str | Prompt],
@@ -146,7 +154,7 @@ class Generator:
             yield Failed(prompt.index, prompt.id, error)
             return
         for number in range(config.num_samples):
-            matcher = None if grammar is None else grammar.matcher()
+            matcher = self.characters.matcher() if grammar is None else grammar.matcher()
             row = Row(
                 ids,
                 Sampler(sampling, seed=seed, stream=(numbered.index, number), seen=ids, matcher=matcher),
@@ -236,7 +244,9 @@ class Sample:
         """The text that was held back, as nothing follows."""
         text = ""
         if self._stops.met is None:
-            text = self._stops.push(self._stream.flush())
+            # A character that the limit of tokens cut in two is left out.
+            cut = self.row.finish_reason != STOP and isinstance(self._stream, DecodeStream)
+            text = self._stops.push("" if cut else self._stream.flush())
             if self._stops.met is None:
                 text += self._stops.flush()
         self._text.append(text)
@@ -256,7 +266,7 @@ class Sample:
             seed=self._seed,
             truncated_tokens=self._left_out,
             logprobs=tuple(self._logprobs) if self.row.logprobs is not None else None,
-            valid=None if matcher is None else matcher.complete,
+            valid=matcher.complete if isinstance(matcher, Matcher) else None,
         )
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from llmcli.config import SamplingConfig
 from llmcli.errors import LlmcliError
-from llmcli.runtime.constraint import Matcher
 
 Vector = npt.NDArray[np.float32]
 _HEAD = 512  # the most probable tokens that top-p looks at first: sorting a vocabulary of 150,000 costs 10 ms
@@ -27,6 +27,23 @@ class Choice:
     id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+class TokenMask(Protocol):
+    """Which tokens may come next in a text that grows: a grammar, or whole characters."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing can follow."""
+        ...
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """Which tokens may come next: (V,)."""
+        ...
+
+    def accept(self, identity: int) -> None:
+        """Takes a token, one of those that are allowed."""
+        ...
 
 
 class Sampler:
@@ -42,7 +59,7 @@ class Sampler:
         seed: int = 0,
         stream: Sequence[int] = (),
         seen: Sequence[int] = (),
-        matcher: Matcher | None = None,
+        matcher: TokenMask | None = None,
     ) -> None:
         self.config, self.matcher = config, matcher
         self._random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, *stream])))
