@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from llmcli.config import SamplingConfig
 from llmcli.errors import LlmcliError, UsageError
 from llmcli.models.folder import load_model
 from llmcli.runtime import scoring
-from llmcli.runtime.decoding import Row, Token, decode
+from llmcli.runtime.decoding import Finished, Row, Token, decode
 from llmcli.runtime.sampling import Sampler
 from llmcli.runtime.scoring import Window, score_windows, windows
 from llmcli.runtime.search import Rules, Step, search
@@ -54,7 +54,7 @@ class WholeRows:
         return [len(row) for row in self.rows]
 
     def start(self, prompts: Sequence[Sequence[int]]) -> Logits:
-        self.rows, self.started = [list(prompt) for prompt in prompts], len(prompts)
+        self.rows, self.started = [list(prompt) for prompt in prompts], self.started + len(prompts)
         return np.stack([self.rule(row) for row in self.rows])
 
     def feed(self, ids: Ids, keep: int = 1) -> Logits:
@@ -74,6 +74,14 @@ class WholeRows:
 
     def select(self, rows: Sequence[int]) -> None:
         self.rows = [list(self.rows[row]) for row in rows]
+
+    def replace(self, row: int, prompt: Sequence[int]) -> Logits:
+        self.rows[row], self.started = list(prompt), self.started + 1
+        return self.rule(self.rows[row])
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        assert length <= len(self.rows[source])
+        self.rows[target] = self.rows[source][:length]
 
     def score(self, ids: Ids, wanted: Mask) -> Logits:
         assert ids.shape[1] <= self.context + 1
@@ -165,15 +173,60 @@ ROWS = st.tuples(
 )
 
 
-@given(st.lists(ROWS, min_size=1, max_size=6), st.integers(9, 14))
-def test_rows_together_are_what_they_are_alone(given_rows: list[tuple], context: int) -> None:
+@given(st.lists(ROWS, min_size=1, max_size=9), st.integers(9, 14), st.integers(1, 6))
+def test_rows_together_are_what_they_are_alone(given_rows: list[tuple], context: int, width: int) -> None:
     def run(chosen: Sequence[tuple]) -> list[tuple[list[int], str | None]]:
         rows = [row(prompt, count, seed, ends=ends) for prompt, count, ends, seed in chosen]
         session = WholeRows(context=context)
-        list(decode(session, rows))
+        for _ in decode(session, rows, width=width):
+            assert len(session.rows) <= width
         return [(item.ids, item.finish_reason) for item in rows]
 
     assert run(given_rows) == [run([item])[0] for item in given_rows]
+
+
+@given(st.lists(st.tuples(ROWS, st.booleans()), min_size=1, max_size=12), st.integers(1, 4), st.data())
+def test_rows_that_come_late_or_with_the_prompt_before_are_what_they_are_alone(
+    given_rows: list[tuple], width: int, data: st.DataObject
+) -> None:
+    shapes: list[tuple] = []
+    for (prompt, *details), again in given_rows:
+        shapes.append((shapes[-1][0] if again and shapes else prompt, *details))
+    together, alone = ([row(*shape[:2], shape[3], ends=shape[2]) for shape in shapes] for _ in range(2))
+    growing = 0
+
+    def coming() -> Iterator[Row | None]:
+        nonlocal growing
+        for item in together:
+            while growing and data.draw(st.booleans()):
+                yield None
+            growing += 1
+            yield item
+
+    session = WholeRows(context=14)
+    for event in decode(session, coming(), width=width):
+        growing -= not isinstance(event, Token)
+    for item, single in zip(together, alone, strict=True):
+        list(decode(WholeRows(context=14), [single]))
+        assert (item.ids, item.finish_reason) == (single.ids, single.finish_reason)
+
+
+def test_a_row_that_ended_gives_its_place_to_the_next() -> None:
+    """Two of the ten end late; the others pass beside them, and no step is of fewer rows than there could be."""
+    session = WholeRows(counting)
+    counts = [20, 2, 2, 20, 2, 2, 2, 2, 2, 2]
+    seen: list[tuple[int, ...]] = []
+    feed = session.feed
+
+    def watched(ids: Ids, keep: int = 1) -> Logits:
+        seen.append(ids.shape)
+        return feed(ids, keep)
+
+    session.feed = watched  # type: ignore[method-assign]
+    rows = [row([0], count) for count in counts]
+    ended = [event.row for event in decode(session, rows, width=4) if isinstance(event, Finished)]
+    assert ended == [1, 2, 4, 5, 6, 7, 8, 9, 0, 3]
+    assert [shape[0] for shape in seen] == [4] * 4 + [2] * 15
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -183,7 +236,7 @@ def test_rows_of_a_real_model_are_what_they_are_alone(real: TorchSession, seed: 
     prompts[3] = prompts[1]
     counts, ends = generator.integers(1, 20, 6).tolist(), frozenset({0})
     together = [row(prompts[place], counts[place], place, ends=ends) for place in range(6)]
-    list(decode(real, together))
+    list(decode(real, together, width=2 + seed % 3))
     for place, item in enumerate(together):
         alone = row(prompts[place], counts[place], place, ends=ends)
         list(decode(real, [alone]))
@@ -193,13 +246,15 @@ def test_rows_of_a_real_model_are_what_they_are_alone(real: TorchSession, seed: 
 def test_rows_of_one_prompt_share_its_prefill_and_part_then() -> None:
     shared, other = [4, 2], [7]
     session = WholeRows()
-    rows = [row(shared, 6, 1), row(other, 2, 2), row(shared, 6, 3), row(shared, 3, 4)]
-    list(decode(session, rows))
+    rows = [row(other, 2, 2), row(shared, 6, 1), row(shared, 6, 3), row(shared, 3, 4), row(shared, 3, 5)]
+    list(decode(session, rows, width=3))
     assert session.started == 2
-    apart = [row(list(item.prompt), item.max_new_tokens, seed) for seed, item in enumerate(rows, start=1)]
+    apart = [
+        row(list(item.prompt), item.max_new_tokens, seed) for seed, item in zip((2, 1, 3, 4, 5), rows, strict=True)
+    ]
     list(decode(WholeRows(), apart))
     assert [item.ids for item in rows] == [item.ids for item in apart]
-    assert rows[0].ids != rows[2].ids
+    assert rows[1].ids != rows[2].ids
 
 
 def test_nothing_is_fed_for_rows_that_have_ended() -> None:

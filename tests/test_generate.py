@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from small_model import make_model, make_seven
 from small_tokenizer import make_tokenizer
 
 from llmcli.cli.generate import generate as command
-from llmcli.config import GenerateConfig, SamplingConfig
+from llmcli.config import ExportConfig, GenerateConfig, SamplingConfig
 from llmcli.data.tokenizer import load_tokenizer
 from llmcli.errors import ConfigError, DataError, LlmcliError, UsageError
 from llmcli.models.config import DecoderConfig
 from llmcli.models.decoder import Decoder
 from llmcli.models.folder import load_model, save_model
+from llmcli.operations.constraints import Constraint
+from llmcli.operations.export import export
 from llmcli.operations.generate import Failed, Generated, Generator, Piece, Prompt, generate, open_generator
 from llmcli.operations.generate_file import FileReport, FileStarted, generate_file
 from llmcli.runtime.torch_session import TorchSession
@@ -232,6 +234,55 @@ def test_samples_depend_on_no_neighbour(small: Path) -> None:
         assert found == expected
     alone, _ = ran(small, [Prompt(prompts[3], 3)], drawn, num_samples=3, max_new_tokens=10)
     assert alone == expected[9:12]
+
+
+def test_rows_under_all_settings_are_what_they_are_alone(small: Path) -> None:
+    """Stop strings, a constraint, log-probabilities; more prompts than rows, which end at different times."""
+    pytest.importorskip("llguidance")
+    prompts = ["The", "a = b + c", "", "x" * 20, "import", "b", "one two three four", "z"]
+    drawn = SamplingConfig(temperature=1.0, top_p=1.0)
+    generator = open_generator(small, device="cpu", threads=1)
+
+    def run(batch_size: int, constraint: Constraint | None = None, **values: Any) -> list[Generated]:
+        config = configured(max_new_tokens=20, batch_size=batch_size, **values)
+        events = generator.generate(prompts, config, drawn, constraint)
+        return [event for event in events if isinstance(event, Generated)]
+
+    cases: list[dict[str, Any]] = [
+        {"stop": ("e", "1", "of ", "a"), "num_samples": 2},
+        {"constraint": Constraint("regex", "([a-c]x?){1,9}", "regex")},
+        {"logprobs": 3, "num_samples": 3},
+    ]
+    for case in cases:
+        alone = run(1, **case)
+        assert len({one.tokens for one in alone}) > 3 or "logprobs" in case
+        for batch_size in (3, 5):
+            found = run(batch_size, **case)
+            assert [dataclasses.replace(one, logprobs=None) for one in found] == [
+                dataclasses.replace(one, logprobs=None) for one in alone
+            ]
+            for one, other in zip(found, alone, strict=True):
+                for token, same in zip(one.logprobs or (), other.logprobs or (), strict=True):
+                    assert token.id == same.id
+                    assert token.logprob == pytest.approx(same.logprob, abs=1e-5)
+    generator.session.close()
+
+
+def test_no_more_is_done_ahead_than_a_few_batches_of_the_sample_whose_turn_it_is(player: Make) -> None:
+    """What is done waits for those before it, so it must be bounded: it is lost when the work is interrupted."""
+    model = player([*"ab" * 50, 0])  # the sooner, the longer the prompt
+    asked: list[int] = []
+
+    def prompts() -> Iterator[str]:
+        for number in range(60):
+            asked.append(number)
+            yield "z" if number == 0 else "z" * 98
+
+    events = generate(model, prompts(), configured(batch_size=2), GREEDY)
+    first = next(event for event in events if isinstance(event, Generated))
+    assert (first.index, first.tokens) == (0, 100)
+    assert len(asked) == 2 * 8 + 1
+    assert [event.index for event in events if isinstance(event, Generated)] == list(range(1, 60))
 
 
 def test_equal_prompts_draw_texts_of_their_own(small: Path) -> None:
@@ -701,16 +752,41 @@ def test_a_run_that_was_cut_anywhere_ends_with_the_same_bytes(
         assert output.read_bytes() == whole, cut
 
 
+@pytest.mark.parametrize("quantizer", ["fp32", "int8", "weight-only", "int4"])
+def test_on_a_graph_the_bytes_are_the_same_to_the_last_digit(small: Path, tmp_path: Path, quantizer: str) -> None:
+    """Whoever the neighbours are, before and after an interruption. (int4 is in blocks of 32 here.)"""
+    precision = "int8" if quantizer == "weight-only" else quantizer
+    config = ExportConfig(
+        precision=precision,
+        quantizer="weight-only" if quantizer == "weight-only" else "auto",
+        check=False,
+        threads=1,
+    )
+    list(export(small, tmp_path / "graph", config))
+    source, output = rows(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
+    settings: dict[str, Any] = {"logprobs": 2, "batch_size": 3, "num_samples": 2, "max_new_tokens": 12}
+    continued(tmp_path / "graph", source, output, **settings)
+    whole = output.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for kept in (1, 2, 5, 8, 13):
+        output.write_bytes(b"".join(lines[:kept]))
+        continued(tmp_path / "graph", source, output, **settings)
+        assert output.read_bytes() == whole, kept
+    for batch_size in (1, 7):
+        continued(tmp_path / "graph", source, output, **{**settings, "batch_size": batch_size}, overwrite=True)
+        assert output.read_bytes() == whole, batch_size
+
+
 def test_only_what_is_missing_is_done_again(small: Path, tmp_path: Path) -> None:
     source, output = rows(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
     whole = continued(small, source, output)
     content = output.read_bytes()
     lines = content.splitlines(keepends=True)
-    done = sum(json.loads(line).get("tokens", 0) for line in lines[:4])
+    done = sum(json.loads(line).get("tokens", 0) for line in lines[:5])
     output.write_bytes(b"".join(lines[:5]))
     config = configured(max_new_tokens=6, seed=3, batch_size=2)
     started, *_, report = generate_file(small, str(source), output, config)
-    assert started == FileStarted(3, 4)  # the fifth belongs to a batch that was not complete
+    assert started == FileStarted(3, 5)
     assert isinstance(report, FileReport)
     assert (report.tokens, report.failed) == (whole.tokens - done, whole.failed)
     assert continued(small, source, output).tokens == 0

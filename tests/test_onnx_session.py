@@ -138,6 +138,39 @@ def test_rewinding_forgets_and_selecting_copies_rows(tmp_path: Path, portable: b
 
 
 @pytest.mark.parametrize("portable", [False, True], ids=["ort", "portable"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_a_row_takes_a_new_prompt_or_a_copy_of_another_while_the_others_stay(
+    tmp_path: Path, family: str, portable: bool
+) -> None:
+    theirs, ours = both(tmp_path, family, portable=portable)
+    one = np.array([[3], [4], [5]])
+    for session in (theirs, ours):
+        session.start([ids_of(12), ids_of(7, 1), ids_of(9, 2)])
+        before = session.feed(one)[:, -1]
+        replaced = session.replace(1, ids_of(70, 3))  # the cache has to grow
+        assert session.lengths == [13, 70, 10]
+        session.copy(0, 2, 5)
+        session.copy(0, 0, 5)
+        assert session.lengths == [5, 70, 5]
+        after = session.feed(one)[:, -1]
+        assert np.abs(session.start([ids_of(70, 3)])[0] - replaced).max() < 1e-4
+        assert np.abs(session.feed(one[1:2])[0, -1] - after[1]).max() < 1e-4
+        session.start([ids_of(12)[:5]])
+        assert np.abs(session.feed(one[:1])[0, -1] - after[0]).max() < 1e-4
+        session.rewind(5)
+        assert np.abs(session.feed(one[2:])[0, -1] - after[2]).max() < 1e-4
+        session.start([ids_of(12)])
+        assert np.abs(session.feed(one[:1])[0, -1] - before[0]).max() < 1e-4
+        for prompt, told in (([], "at least one token"), (ids_of(81), "81 tokens do not fit")):
+            with pytest.raises(UsageError, match=told):
+                session.replace(0, prompt)
+        assert session.lengths == [13]
+        session.close()
+        with pytest.raises(UsageError, match="not started"):
+            session.replace(0, [1])
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["ort", "portable"])
 def test_a_row_that_is_exported_and_imported_goes_on_as_it_was(tmp_path: Path, portable: bool) -> None:
     model = make_model(tmp_path / "llama")
     folder = make_onnx(model, portable=portable)

@@ -5,6 +5,7 @@ Invariant: entry j of a row holds that row's position j; what lies at or beyond 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -42,8 +43,7 @@ class KeyValueCache:
         Raises UsageError when a row would pass the context.
         """
         shortest, longest = int(self.lengths.min()), int(self.lengths.max())
-        if longest + count > self.context:
-            raise UsageError(f"{longest + count} tokens do not fit the model's context of {self.context}")
+        self._check_room(longest + count)
         self._reserve(longest + count)
         device = self.keys[0].device
         self._start, self._end = longest, longest + count
@@ -86,6 +86,28 @@ class KeyValueCache:
         on_device = index.to(self.keys[0].device)
         self.keys = [keys[on_device] for keys in self.keys]
         self.values = [values[on_device] for values in self.values]
+
+    def emptied(self, row: int, length: int) -> KeyValueCache:
+        """A row by itself, emptied, with room for `length` tokens: a cache over the same memory, to be filled anew."""
+        self._check_room(length)
+        self._reserve(length)
+        self.lengths[row] = 0
+        alone = copy.copy(self)
+        alone.lengths = self.lengths[row : row + 1]
+        alone.keys = [keys[row : row + 1] for keys in self.keys]
+        alone.values = [values[row : row + 1] for values in self.values]
+        return alone
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Puts the first `length` entries of a row in the place of what another one holds."""
+        if source != target:
+            for held in (*self.keys, *self.values):
+                held[target, :, :length] = held[source, :, :length]
+        self.lengths[target] = length
+
+    def _check_room(self, length: int) -> None:
+        if length > self.context:
+            raise UsageError(f"{length} tokens do not fit the model's context of {self.context}")
 
     def _reserve(self, length: int) -> None:
         if length <= self.capacity:

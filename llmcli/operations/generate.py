@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from llmcli.runtime.sampling import Choice, Sampler
 from llmcli.runtime.session import Session
 
 _LOOK_BACK = 16  # tokens of the prompt that the decoding of text begins with
+_AHEAD = 8  # batches that may be done, at most, before the sample whose turn it is has ended: they are held until then
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -112,7 +112,9 @@ class Generator:
         constraint: Constraint | None = None,
         prompt_cache: PromptCache | None = None,
     ) -> Iterator[Piece | Generated | Failed]:
-        """Continues prompts, `batch_size` rows at a time. What ends comes in the order of the prompts and samples.
+        """Continues prompts, `batch_size` rows at a time; one that ends gives its place to the next.
+
+        What ends comes in the order of the prompts and samples.
 
         A prompt that does not fit raises UsageError where it is a plain text; as a `Prompt` it yields a `Failed`.
         """
@@ -130,8 +132,7 @@ class Generator:
             for index, prompt in enumerate(prompts)
             for item in self._samples(prompt, index, config, sampling, grammar, seed)
         )
-        while batch := list(itertools.islice(samples, config.batch_size)):
-            yield from self._run(batch, prompt_cache)
+        yield from self._run(samples, config.batch_size, prompt_cache)
 
     def _samples(
         self,
@@ -165,22 +166,36 @@ class Generator:
             )
             yield Sample(self.tokenizer, numbered, number, row, StopStrings(config.stop), seed, left_out)
 
-    def _run(self, batch: list[Sample | Failed], cache: PromptCache | None) -> Iterator[Piece | Generated | Failed]:
-        running = [place for place, item in enumerate(batch) if isinstance(item, Sample)]
-        ended: dict[int, Generated | Failed] = {
-            place: item for place, item in enumerate(batch) if isinstance(item, Failed)
-        }
+    def _run(
+        self, items: Iterable[Sample | Failed], width: int, cache: PromptCache | None
+    ) -> Iterator[Piece | Generated | Failed]:
+        """Continues samples, as many at once as `width` says. What ended waits until all before it have."""
+        running: dict[int, tuple[int, Sample]] = {}  # by row: the place in the order, and the sample
+        ended: dict[int, Generated | Failed] = {}
         due = 0
-        samples = [item for item in batch if isinstance(item, Sample)]
+
+        def rows() -> Iterator[Row | None]:
+            number = 0
+            for place, item in enumerate(items):
+                while running and place >= due + _AHEAD * width:
+                    yield None
+                if isinstance(item, Failed):
+                    ended[place] = item
+                    continue
+                running[number] = (place, item)
+                number += 1
+                yield item.row
+
         prefill = None if cache is None else functools.partial(cache.prefill, self.session)
-        for event in decode(self.session, [sample.row for sample in samples], prefill) if samples else ():
-            sample = samples[event.row]
+        for event in decode(self.session, rows(), prefill, width=width):
+            place, sample = running[event.row]
             text = sample.push(event.choice) if isinstance(event, Token) else sample.finish()
             if text:
                 yield Piece(sample.prompt.index, sample.number, text)
             if isinstance(event, Finished):
+                del running[event.row]
                 cached = None if cache is None else cache.reused
-                ended[running[event.row]] = dataclasses.replace(sample.result(), cached_tokens=cached)
+                ended[place] = dataclasses.replace(sample.result(), cached_tokens=cached)
             while due in ended:
                 yield ended.pop(due)
                 due += 1

@@ -1,7 +1,8 @@
-"""A file of prompts to a file of samples: batch by batch, resumable, failures counted and kept as records.
+"""A file of prompts to a file of samples: rows side by side, resumable, failures counted and kept as records.
 
 Invariant: the output holds whole prompts in the order of the input. An interrupted run goes on behind the last prompt
-that is complete, and ends with the bytes that an undisturbed run writes.
+that is complete, and ends with the bytes that an undisturbed run writes: a row's neighbours are others then, so this
+holds as far as a row gives what it gives alone (docs/files.md, "Rows of a batch").
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def generate_file(
     seed = new_seed() if seed is None else seed
     config = dataclasses.replace(config, seed=seed)
     keys = _Keys(folder, config, sampling, required)
-    kept = written.whole(config.num_samples, config.batch_size, total)
+    kept = written.whole(config.num_samples)
     pending: dict[int, str] = {}  # keys of the prompts that are worked on
     tally = {"prompts": 0, "failed": sum(kept.failed), "cut": sum(kept.cut), "tokens": 0}
 
@@ -209,15 +210,13 @@ class _Written:
     lines: list[int] = dataclasses.field(default_factory=list)  # where their first record stands
     seed: int | None = None
 
-    def whole(self, num_samples: int, batch_size: int, total: int | None) -> _Written:
-        """Those that are complete, up to where a batch began: batches of the same rows give the same bits."""
-        count = places = kept = 0
+    def whole(self, num_samples: int) -> _Written:
+        """Those that are complete."""
+        kept = 0
         for size, failed in zip(self.sizes, self.failed, strict=True):
             if size != (1 if failed else num_samples):
                 break
-            count, places = count + 1, places + size
-            if places % batch_size == 0 or count == total:
-                kept = count
+            kept += 1
         found = dataclasses.replace(self)
         for name in ("keys", "sizes", "failed", "cut", "lines"):
             setattr(found, name, getattr(self, name)[:kept])

@@ -6,7 +6,8 @@ Invariant: each row ends with exactly one `Finished`, after its last `Token`; it
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -46,30 +47,27 @@ class Finished:
 
 
 def decode(
-    session: Session, rows: Sequence[Row], prefill: Callable[[Sequence[int]], Logits] | None = None
+    session: Session,
+    rows: Iterable[Row | None],
+    prefill: Callable[[Sequence[int]], Logits] | None = None,
+    *,
+    width: int | None = None,
 ) -> Iterator[Token | Finished]:
-    """Grows all rows together until each has ended. Rows of one and the same prompt object share its prefill.
+    """Grows rows together, at most `width` at a time: one that ends gives its place to the next, until all have ended.
 
-    The last token is never fed, so a row may hold one token more than the context. `prefill` puts the prompt that all
-    rows share into the session in place of `start`; who knows what the session holds already need not feed all of it.
+    Rows are taken as places come free; None among them: there is none before the next step (so never while no row
+    grows). Rows that follow each other with one and the same prompt object share its prefill. The last token is never
+    fed, so a row may hold one token more than the context. `prefill` puts the first prompt into the session in place of
+    `start`; who knows what the session holds already need not feed all of it.
     """
-    prompts: list[Sequence[int]] = []
-    places: dict[int, int] = {}
-    for row in rows:
-        if id(row.prompt) not in places:
-            places[id(row.prompt)] = len(prompts)
-            prompts.append(row.prompt)
-    logits = session.start(prompts) if prefill is None or len(prompts) > 1 else prefill(prompts[0])
-    copies = [places[id(row.prompt)] for row in rows]
-    if copies != list(range(len(prompts))):
-        session.select(copies)
-        logits = logits[copies]
-    running = list(range(len(rows)))
+    source = iter(rows)
+    places = _Places(session, prefill)
+    taken = 0
+    waiting: list[tuple[int, Logits]] = []  # places whose next token is to be chosen, with its logits
     while True:
-        alive: list[int] = []  # places among the running ones
-        for place, index in enumerate(running):
-            row = rows[index]
-            choice = row.sampler.choose(logits[place, : row.vocab_size], top=row.logprobs)
+        for place, logits in waiting:
+            index, row = places.held(place)
+            choice = row.sampler.choose(logits[: row.vocab_size], top=row.logprobs)
             if choice.id in row.ends:
                 row.finish_reason = STOP
             else:
@@ -81,14 +79,84 @@ def decode(
                     row.finish_reason = LENGTH
                 if row.finish_reason is None and len(row.prompt) + len(row.ids) > session.context:
                     row.finish_reason = CUT
-            if row.finish_reason is None:
-                alive.append(place)
-            else:
+            if row.finish_reason is not None:
+                places.free(place)
                 yield Finished(index)
-        if not alive:
-            return
-        if len(alive) < len(running):
-            session.select(alive)
-            running = [running[place] for place in alive]
-        last = np.array([[rows[index].ids[-1]] for index in running], np.int64)
-        logits = session.feed(last)[:, -1]
+        room = None if width is None else width - places.growing
+        fresh = list(itertools.takewhile(lambda row: row is not None, itertools.islice(source, room)))
+        waiting = places.admit([(taken + number, row) for number, row in enumerate(fresh) if row is not None])
+        taken += len(fresh)
+        if not waiting:
+            if not places.growing:
+                return
+            waiting = places.step()
+
+
+class _Places:
+    """The rows of a session, and who grows in them."""
+
+    def __init__(self, session: Session, prefill: Callable[[Sequence[int]], Logits] | None) -> None:
+        self._session = session
+        self._start = prefill or (lambda prompt: session.start([prompt]))
+        self._held: list[tuple[int, Row] | None] = []  # by place: a row's number and the row; None: it has ended
+        # The last prompt that was read, the place that still holds it, its logits.
+        self._read: tuple[Sequence[int], int, Logits] | None = None
+
+    @property
+    def growing(self) -> int:
+        """How many rows have not ended."""
+        return sum(item is not None for item in self._held)
+
+    def held(self, place: int) -> tuple[int, Row]:
+        """The row of a place, and its number."""
+        item = self._held[place]
+        assert item is not None
+        return item
+
+    def free(self, place: int) -> None:
+        """The row of the place has ended."""
+        self._held[place] = None
+
+    def admit(self, fresh: Sequence[tuple[int, Row]]) -> list[tuple[int, Logits]]:
+        """Gives each of these rows a place: those places, with the logits after the prompts.
+
+        Afterwards there is no place without a row.
+        """
+        found = []
+        if fresh and not self._held:
+            prompt = fresh[0][1].prompt
+            self._held, self._read = [fresh[0]], (prompt, 0, self._start(prompt)[0])
+            found, fresh = [(0, self._read[2])], fresh[1:]
+        for place, item in zip(self._emptied(len(fresh)), fresh, strict=True):
+            self._held[place] = item
+            found.append((place, self._put(place, item[1].prompt)))
+        return found
+
+    def _emptied(self, count: int) -> list[int]:
+        """Leaves so many places without a row, and tells them: too many are dropped, too few made behind the others."""
+        read = None if self._read is None else self._read[1]
+        spare = [place for place, item in enumerate(self._held) if item is None]
+        spare.sort(key=lambda place: place != read)  # the one that holds the last prompt may be of use
+        gone, new = set(spare[count:]), max(count - len(spare), 0)
+        kept = [place for place in range(len(self._held)) if place not in gone]
+        if kept and (gone or new):
+            self._session.select([*kept, *[kept[0]] * new])
+        self._held = [*(self._held[place] for place in kept), *[None] * new]
+        if self._read is not None:
+            self._read = None if read in gone else (self._read[0], kept.index(self._read[1]), self._read[2])
+        return [place for place, item in enumerate(self._held) if item is None]
+
+    def _put(self, place: int, prompt: Sequence[int]) -> Logits:
+        """Reads a prompt into a place; if it is the one that was read last, from where it stands."""
+        if self._read is not None and self._read[0] is prompt:
+            self._session.copy(self._read[1], place, len(prompt))
+            logits = self._read[2]
+        else:
+            logits = self._session.replace(place, prompt)
+        self._read = (prompt, place, logits)
+        return logits
+
+    def step(self) -> list[tuple[int, Logits]]:
+        """Feeds each row its last token: all places, with the logits after it."""
+        last = np.array([[self.held(place)[1].ids[-1]] for place in range(len(self._held))], np.int64)
+        return list(enumerate(self._session.feed(last)[:, -1]))

@@ -102,6 +102,25 @@ class OnnxSession:
         if list(rows) != list(range(len(self._rows.lengths))):
             self._rows.resize(rows, self._rows.capacity)
 
+    def replace(self, row: int, prompt: Sequence[int]) -> Logits:
+        """Puts a prompt in the place of what a row holds; logits after its last token: (V,)."""
+        if not self._started:
+            raise UsageError("the session was not started")
+        if not prompt:
+            raise UsageError("a prompt needs at least one token")
+        self._check_room(len(prompt))
+        self._rows.reserve(len(prompt))
+        self._rows.cut(row, 0)
+        logits: Logits = self._rows.extend(row, np.array(prompt, np.int64), 1)[0]
+        return logits
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Puts the first `length` tokens that a row holds in the place of what another one holds."""
+        if source == target:
+            self._rows.cut(target, length)
+        else:
+            self._rows.hold(target, [held[:, :length] for held in self._rows.held(source)])
+
     def export_row(self, row: int) -> list[States]:
         """What a row holds: layer by layer its keys and then its values, each (K, length, D)."""
         if not self._started:

@@ -48,6 +48,17 @@ class Session(Protocol):
         """Keeps the rows named, in that order; a row named twice is copied."""
         ...
 
+    def replace(self, row: int, prompt: Sequence[int]) -> Logits:
+        """Puts a prompt (one token at least) in the place of what a row holds; logits after its last token: (V,).
+
+        Raises UsageError when it would pass the context. The other rows stay as they are.
+        """
+        ...
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Puts the first `length` tokens that a row holds in the place of what another one holds, or it itself."""
+        ...
+
     def export_row(self, row: int) -> list[States]:
         """What a row holds: layer by layer its keys and then its values, each (K, length, D), copies."""
         ...

@@ -67,6 +67,22 @@ class TorchSession:
         if self._cache is not None:
             self._cache.select(rows)
 
+    @torch.inference_mode()
+    def replace(self, row: int, prompt: Sequence[int]) -> Logits:
+        """Puts a prompt in the place of what a row holds; logits after its last token: (V,)."""
+        if self._cache is None:
+            raise UsageError("the session was not started")
+        if not prompt:
+            raise UsageError("a prompt needs at least one token")
+        alone = self._cache.emptied(row, len(prompt))
+        return self._logits(self.model.hidden(self._tensor(np.array([prompt], np.int64)), alone)[0, -1])
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Puts the first `length` tokens that a row holds in the place of what another one holds."""
+        if self._cache is not None:
+            self._cache.copy(source, target, length)
+
     def export_row(self, row: int) -> list[States]:
         """What a row holds: layer by layer its keys and then its values, each (K, length, D)."""
         if self._cache is None:
