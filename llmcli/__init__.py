@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from llmcli.config import BenchConfig as BenchConfig
     from llmcli.config import ChatConfig as ChatConfig
     from llmcli.config import CompleteConfig as CompleteConfig
     from llmcli.config import ConstraintConfig as ConstraintConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from llmcli.data.tokenizer import load_tokenizer as load_tokenizer
     from llmcli.errors import LlmcliError as LlmcliError
     from llmcli.models.folder import load_model as load_model
+    from llmcli.operations.bench import bench as bench
     from llmcli.operations.chat import open_chat as open_chat
     from llmcli.operations.check_data import check_data as check_data
     from llmcli.operations.complete import complete as complete
@@ -43,13 +45,14 @@ if TYPE_CHECKING:
 # Where each public name lives.
 _HOMES = {
     "config": (
-        *("ChatConfig", "CompleteConfig", "ConstraintConfig", "CorpusConfig", "EvaluateConfig", "ExportConfig"),
-        *("GenerateConfig", "PretrainConfig", "SamplingConfig", "TextConfig", "TokenizerConfig"),
+        *("BenchConfig", "ChatConfig", "CompleteConfig", "ConstraintConfig", "CorpusConfig", "EvaluateConfig"),
+        *("ExportConfig", "GenerateConfig", "PretrainConfig", "SamplingConfig", "TextConfig", "TokenizerConfig"),
     ),
     "errors": ("LlmcliError",),
     "data.corpus": ("open_corpus",),
     "data.tokenizer": ("load_tokenizer",),
     "models.folder": ("load_model",),
+    "operations.bench": ("bench",),
     "operations.chat": ("open_chat",),
     "operations.check_data": ("check_data",),
     "operations.complete": ("complete",),

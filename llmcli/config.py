@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from llmcli.config_bench import BenchConfig as BenchConfig
 from llmcli.config_export import ExportConfig as ExportConfig
 from llmcli.config_generation import ChatConfig as ChatConfig
 from llmcli.config_generation import ConstraintConfig as ConstraintConfig

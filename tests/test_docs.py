@@ -101,6 +101,7 @@ generate -m runs/first "Once upon a time" --max-new-tokens 3 --threads 1
 complete -m runs/first "The old m" -n 2 --threads 1
 export runs/first -o first-int4 --calibration notes.txt --threads 1
 generate -m first-int4 "Once upon a time" --max-new-tokens 3 --threads 1
+bench -m runs/first -m first-int4 --prompt-tokens 8 --new-tokens 4 --rounds 1 --threads 1
 chat -m runs/first --template chat.jinja --max-new-tokens 3 --threads 1
 info runs/first
 verify runs/first

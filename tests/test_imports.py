@@ -27,6 +27,7 @@ ROOMS = {
     "data": 1,
     "files": 0,
     "config": -1,
+    "config_bench": -1.5,
     "config_export": -1.5,
     "config_generation": -1.5,
     "settings": -2,
@@ -151,7 +152,14 @@ def test_imports_run_one_way(path: Path) -> None:
 
 
 def test_config_and_errors_stand_on_the_standard_library() -> None:
-    for name in ("config.py", "config_export.py", "config_generation.py", "settings.py", "errors.py"):
+    for name in (
+        "config.py",
+        "config_bench.py",
+        "config_export.py",
+        "config_generation.py",
+        "settings.py",
+        "errors.py",
+    ):
         for node in ast.walk(tree_of(PACKAGE / name)):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 modules = (

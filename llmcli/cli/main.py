@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "pretrain": ("pretrain", "pretrain", "Pretrain a language model on a corpus or on plain text."),
     "export": ("export", "export", "Export a model as an ONNX folder that runs fast and proves itself."),
     "evaluate": ("evaluate", "evaluate", "Measure a model on held-out text."),
+    "bench": ("bench", "bench", "Measure how fast a model reads and decodes."),
     "generate": ("generate", "generate", "Continue a prompt with a model."),
     "chat": ("chat", "chat", "Talk with a model, turn by turn."),
     "complete": ("complete", "complete", "List the most probable completions of a prefix."),

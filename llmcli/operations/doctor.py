@@ -126,15 +126,26 @@ def _processor_name() -> str:
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
-def _instruction_sets() -> Iterator[Finding]:
+def _flags() -> set[str]:
+    """What the processor can do, as Linux calls it; empty where that is not known."""
     info = _cpuinfo()
-    flags = set((info.get("flags") or info.get("Features") or "").split())
+    return set((info.get("flags") or info.get("Features") or "").split())
+
+
+def has_int8_products() -> bool | None:
+    """Whether the processor has dot products of int8 (VNNI and its like); None: not known."""
+    flags = _flags()
+    return bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp"}) if flags else None
+
+
+def _instruction_sets() -> Iterator[Finding]:
+    flags = _flags()
     if not flags:
         yield Finding("processor", "instruction sets", "not known on this system", "note")
         return
     found = [name for name, flag in INSTRUCTION_SETS.items() if flag in flags]
     yield Finding("processor", "instruction sets", ", ".join(found) or "none that matter")
-    if not flags & {"avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp"}:
+    if not has_int8_products():
         advice = "int8 models may run slower than float ones here: measure with llmcli bench"
         yield Finding("processor", "int8", "no dot product instructions", "note", advice)
     has_bf16 = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
