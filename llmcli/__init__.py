@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llmcli.config import GenerateConfig as GenerateConfig
     from llmcli.config import PretrainConfig as PretrainConfig
     from llmcli.config import SamplingConfig as SamplingConfig
+    from llmcli.config import SpeculationConfig as SpeculationConfig
     from llmcli.config import TextConfig as TextConfig
     from llmcli.config import TokenizerConfig as TokenizerConfig
     from llmcli.data.corpus import open_corpus as open_corpus
@@ -46,7 +47,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "config": (
         *("BenchConfig", "ChatConfig", "CompleteConfig", "ConstraintConfig", "CorpusConfig", "EvaluateConfig"),
-        *("ExportConfig", "GenerateConfig", "PretrainConfig", "SamplingConfig", "TextConfig", "TokenizerConfig"),
+        *("ExportConfig", "GenerateConfig", "PretrainConfig", "SamplingConfig", "SpeculationConfig", "TextConfig"),
+        "TokenizerConfig",
     ),
     "errors": ("LlmcliError",),
     "data.corpus": ("open_corpus",),

@@ -8,6 +8,7 @@ from llmcli.config_bench import BenchConfig as BenchConfig
 from llmcli.config_export import ExportConfig as ExportConfig
 from llmcli.config_generation import ChatConfig as ChatConfig
 from llmcli.config_generation import ConstraintConfig as ConstraintConfig
+from llmcli.config_generation import SpeculationConfig as SpeculationConfig
 from llmcli.settings import check as check
 from llmcli.settings import from_mapping as from_mapping
 from llmcli.settings import nearest as nearest
@@ -300,7 +301,7 @@ class GenerateConfig:
     batch_size: int = setting(8, "Rows at once.", group="Machine", minimum=1, maximum=4096)
     fast: bool = setting(
         False,
-        "Let the rows of an int8 batch share their scales: a text then depends on its neighbours.",
+        "Let the rows of an int8 batch, and guesses, share a run where rounding shows: a text then depends on them.",
         group="Machine",
     )
     device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))

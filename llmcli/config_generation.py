@@ -30,9 +30,27 @@ class ChatConfig:
         minimum=0,
         maximum=2**63 - 1,
     )
+    fast: bool = setting(False, "Let guesses share a run with their text where rounding shows.", group="Machine")
     device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
     threads: int | None = setting(
         None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeculationConfig:
+    """Whether tokens are guessed, so that one run of the model gives several; at most one of these."""
+
+    lookup: bool = setting(
+        False,
+        "Guess tokens from what stands in the prompt and the text: the same text, sooner where it quotes.",
+        group="Speculation",
+    )
+    draft_model: str | None = setting(
+        None,
+        "Guess tokens by a smaller model of the same tokenizer: the same text, sooner.",
+        group="Speculation",
+        metavar="PATH",
     )
 
 

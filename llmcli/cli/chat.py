@@ -13,7 +13,7 @@ import click
 
 from llmcli.cli.options import GroupedCommand, is_json, settings, shared_options
 from llmcli.cli.streams import notice, printable, stdin_is_piped, write_json, write_out
-from llmcli.config import ChatConfig, ConstraintConfig, SamplingConfig
+from llmcli.config import ChatConfig, ConstraintConfig, SamplingConfig, SpeculationConfig
 from llmcli.errors import CutShortError, DataError, LlmcliError, UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _HELP = """\
 @click.option("-s", "--system", metavar="TEXT", help="System prompt.")
 @click.option("--template", metavar="FILE", help="Jinja chat template, in place of the model's own.")
 @click.option("--prompt-cache", metavar="FILE", help="Keeps the first prompt, for the next call.")
-@settings(SamplingConfig, ChatConfig, ConstraintConfig)
+@settings(SamplingConfig, ChatConfig, ConstraintConfig, SpeculationConfig)
 @shared_options
 def chat(
     model: str,
@@ -46,6 +46,7 @@ def chat(
     sampling_config: SamplingConfig,
     chat_config: ChatConfig,
     constraint_config: ConstraintConfig,
+    speculation_config: SpeculationConfig,
 ) -> None:
     r"""Talk with a model, turn by turn.
 
@@ -69,6 +70,7 @@ def chat(
         system=system,
         template=template,
         constraint=constraint_config,
+        speculation=speculation_config,
         prompt_cache=prompt_cache,
     )
     with contextlib.closing(opened):

@@ -17,7 +17,7 @@ from llmcli.cli.options import (
     shared_options,
 )
 from llmcli.cli.streams import notice, read_stdin, stdin_is_piped, write_json, write_out
-from llmcli.config import ConstraintConfig, GenerateConfig, SamplingConfig
+from llmcli.config import ConstraintConfig, GenerateConfig, SamplingConfig, SpeculationConfig
 from llmcli.errors import CutShortError, DataError, UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _FILES: dict[str, Any] = {"cls": SectionOption, "section": "Files"}
 @click.option("--prompt-field", default="prompt", show_default=True, help="Field with the prompt.", **_FILES)
 @click.option("--prompt-cache", metavar="FILE", help="Keeps a prompt that was read, for the next call.", **_FILES)
 @overwrite_option
-@settings(SamplingConfig, GenerateConfig, ConstraintConfig)
+@settings(SamplingConfig, GenerateConfig, ConstraintConfig, SpeculationConfig)
 @shared_options
 def generate(
     prompt: tuple[str, ...],
@@ -50,13 +50,15 @@ def generate(
     sampling_config: SamplingConfig,
     generate_config: GenerateConfig,
     constraint_config: ConstraintConfig,
+    speculation_config: SpeculationConfig,
 ) -> None:
     """Continue a prompt with a model.
 
     Piped text comes before PROMPT. The text is streamed to stdout; several samples are set apart by a line "---". With
     --logprobs it is a line a token: the token, its log-probability, and the most probable ones in its place. With
     --input, each row of a file is continued into --output, and an interrupted call goes on when it is repeated. A text
-    under a constraint (--json-schema, --regex, --choice, --grammar) fits it, or was cut short: exit code 4.
+    under a constraint (--json-schema, --regex, --choice, --grammar) fits it, or was cut short: exit code 4. --lookup
+    and --draft-model change the time that a text takes, never the text.
 
     \b
     Example:
@@ -69,7 +71,8 @@ def generate(
     if source is not None and output is not None:
         if prompt or named is not None:
             raise UsageError("there is a prompt and an --input: give one of them")
-        _file(model, source, output, generate_config, sampling_config, constraint_config, prompt_field, overwrite)
+        chosen = (generate_config, sampling_config, constraint_config, speculation_config)
+        _file(model, source, output, *chosen, prompt_field, overwrite)
         return
     if prompt and named is not None:
         raise UsageError("there are two prompts: give one of PROMPT and --prompt")
@@ -77,7 +80,7 @@ def generate(
     text = prompt_text(words, read_stdin=read_stdin, piped=stdin_is_piped())
     if text is None:
         raise UsageError('there is no prompt: give it as an argument ("" for an empty one), or pipe it in')
-    _one(model, text, generate_config, sampling_config, constraint_config, prompt_cache)
+    _one(model, text, generate_config, sampling_config, constraint_config, speculation_config, prompt_cache)
 
 
 def _one(
@@ -86,11 +89,14 @@ def _one(
     config: GenerateConfig,
     sampling: SamplingConfig,
     constraint: ConstraintConfig,
+    speculation: SpeculationConfig,
     cache: str | None,
 ) -> None:
     from llmcli.operations.generate import Generated, Piece, new_seed
     from llmcli.operations.generate import generate as run
 
+    if config.num_samples > 1:
+        _one_at_a_time(config, speculation)
     if config.seed is None:
         config = dataclasses.replace(config, seed=new_seed())
         if sampling.temperature > 0:
@@ -98,7 +104,7 @@ def _one(
     streamed = config.num_samples == 1 and config.logprobs is None and not is_json()
     told = False
     cut = 0
-    for record in run(model, text, config, sampling, constraint, prompt_cache=cache):
+    for record in run(model, text, config, sampling, constraint, speculation, prompt_cache=cache):
         if isinstance(record, Piece) and streamed:
             write_out(record.text)
         elif isinstance(record, Generated):
@@ -114,6 +120,11 @@ def _one(
                 notice("The text ends here because the model's context is full.")
     if cut:
         raise CutShortError("the text was cut short of what its constraint asks for; a greater --max-new-tokens helps")
+
+
+def _one_at_a_time(config: GenerateConfig, speculation: SpeculationConfig) -> None:
+    if speculation != SpeculationConfig() and config.batch_size > 1:
+        notice(f"With guesses rows run one at a time; without them {config.batch_size} do together.")
 
 
 def _show(record: Generated, streamed: bool) -> None:
@@ -137,6 +148,7 @@ def _file(
     config: GenerateConfig,
     sampling: SamplingConfig,
     constraint: ConstraintConfig,
+    speculation: SpeculationConfig,
     field: str,
     overwrite: bool,
 ) -> None:
@@ -144,9 +156,10 @@ def _file(
     from llmcli.operations.generate_file import FileReport, FileStarted, generate_file
     from llmcli.operations.records import Progress
 
+    _one_at_a_time(config, speculation)
     with progress("generate") as show:
         for record in generate_file(
-            model, source, output, config, sampling, constraint, field=field, overwrite=overwrite
+            model, source, output, config, sampling, constraint, speculation, field=field, overwrite=overwrite
         ):
             if isinstance(record, FileStarted):
                 if config.seed is None and sampling.temperature > 0:
@@ -158,7 +171,7 @@ def _file(
             elif isinstance(record, FileReport):
                 report = record
     if is_json():
-        write_json(report)
+        write_json({name: value for name, value in dataclasses.asdict(report).items() if value is not None})
     else:
         notice(f"{report.output}: {report.prompts:,} prompts, {report.failed:,} failed; {report.tokens:,} tokens")
     if report.failed:

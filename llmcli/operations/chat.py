@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcli import config as configs
-from llmcli.config import ChatConfig, ConstraintConfig, SamplingConfig
+from llmcli.config import ChatConfig, ConstraintConfig, SamplingConfig, SpeculationConfig
 from llmcli.data.chat_template import ChatTemplate, open_template
 from llmcli.data.rows import read_rows
 from llmcli.data.stop_strings import StopStrings
@@ -25,7 +25,7 @@ from llmcli.operations.chat_ids import ChatIds
 from llmcli.operations.constraints import Constraint, read_constraint
 from llmcli.operations.generate import Generator, Piece, Prompt, Sample, new_seed, open_generator
 from llmcli.operations.prompt_cache import PromptCache
-from llmcli.runtime.decoding import Row, Token, decode
+from llmcli.runtime.decoding import Row, Token
 from llmcli.runtime.prefix import Prefix, StoppedPrefill
 from llmcli.runtime.sampling import Sampler
 from llmcli.runtime.session import Logits
@@ -46,6 +46,8 @@ class Answer:
     seed: int
     left_out: int  # messages of the history that the model did not see, as the context was full
     valid: bool | None = None  # as of `Generated`
+    drafted: int | None = None  # as of `Generated`
+    accepted: int | None = None
 
 
 class Chat:
@@ -153,7 +155,7 @@ class Chat:
         stops = StopStrings(self.config.stop)
         sample = Sample(self.generator.tokenizer, Prompt(""), 0, row, stops, self.seed, 0)
         try:
-            for event in decode(self.generator.session, [row], self._prefill):
+            for event in self.generator.decode([row], self._prefill):
                 text = sample.push(event.choice) if isinstance(event, Token) else sample.finish()
                 if self._stop and row.finish_reason is None:
                     row.finish_reason = STOPPED
@@ -171,8 +173,9 @@ class Chat:
         left_out = len(messages) - len(self._shown(messages, first))
         self.messages = [*messages, {"role": "assistant", "content": made.text}]
         self._first, self._attempt = first, attempt
-        reused = self._prefix.reused
-        yield Answer(made.text, len(ids), reused, made.tokens, made.finish_reason, self.seed, left_out, made.valid)
+        known = (self._prefix.reused, made.tokens, made.finish_reason, self.seed, left_out, made.valid)
+        guesses = (None, None) if self.generator.speculation is None else (row.drafted, row.accepted)
+        yield Answer(made.text, len(ids), *known, *guesses)
 
     def _prefill(self, ids: Sequence[int]) -> Logits:
         """Reads a prompt from where it differs from what the session, or at first the prompt cache, holds."""
@@ -238,6 +241,7 @@ def open_chat(
     system: str | None = None,
     template: str | Path | None = None,
     constraint: ConstraintConfig = ConstraintConfig(),  # noqa: B008
+    speculation: SpeculationConfig = SpeculationConfig(),  # noqa: B008
     prompt_cache: str | Path | None = None,
 ) -> Chat:
     """Loads a model folder, or a run's result, for a conversation.
@@ -248,7 +252,9 @@ def open_chat(
     opened = open_template(load_tokenizer(resolve_model(model)), template)  # before the weights: it may be missing
     try:
         cache = None if prompt_cache is None else PromptCache(prompt_cache, resolve_model(model))
-        generator = open_generator(model, device=config.device, threads=config.threads)
+        generator = open_generator(
+            model, device=config.device, threads=config.threads, fast=config.fast, speculation=speculation
+        )
         return Chat(generator, opened, config, sampling, system=system, constraint=asked, prompt_cache=cache)
     except BaseException:
         opened.close()

@@ -49,6 +49,4 @@ def _answered(chat: Chat, line: bytes, name: str, number: int) -> dict[str, Any]
 def as_record(answer: Answer) -> dict[str, Any]:
     """An answer as a message, with what is known of it."""
     made = {"role": "assistant", **dataclasses.asdict(answer)}
-    if answer.valid is None:
-        del made["valid"]
-    return made
+    return {name: value for name, value in made.items() if value is not None}

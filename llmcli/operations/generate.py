@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmcli import config as configs
-from llmcli.config import ConstraintConfig, GenerateConfig, SamplingConfig
+from llmcli.config import ConstraintConfig, GenerateConfig, SamplingConfig, SpeculationConfig
 from llmcli.data.stop_strings import StopStrings
 from llmcli.data.token_bytes import DecodeStream
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
@@ -22,11 +22,13 @@ from llmcli.errors import ConfigError, DataError, LlmcliError, UsageError
 from llmcli.files.artefacts import read_json, resolve_model
 from llmcli.operations.constraints import Constrainer, Constraint, read_constraint
 from llmcli.operations.prompt_cache import PromptCache
+from llmcli.operations.speculation import check_speculation, open_speculation
 from llmcli.runtime.characters import Characters
 from llmcli.runtime.constraint import Grammar, Matcher
 from llmcli.runtime.decoding import STOP, Finished, Row, Token, decode
 from llmcli.runtime.sampling import Choice, Sampler
-from llmcli.runtime.session import Session
+from llmcli.runtime.session import Logits, Session
+from llmcli.runtime.speculation import Speculation
 
 _LOOK_BACK = 16  # tokens of the prompt that the decoding of text begins with
 _AHEAD = 8  # batches that may be done, at most, before the sample whose turn it is has ended: they are held until then
@@ -77,6 +79,8 @@ class Generated:
     logprobs: tuple[TokenLogprob, ...] | None = None
     valid: bool | None = None  # whether the text fits the constraint: not where it was cut short; None: there is none
     cached_tokens: int | None = None  # of the prompt's, those that came from a prompt cache; None: there is none
+    drafted: int | None = None  # tokens that were guessed, and those of them that held; None: nothing was to be guessed
+    accepted: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,12 +93,18 @@ class Failed:
 
 
 class Generator:
-    """A model that is loaded once and continues prompt after prompt."""
+    """A model that is loaded once and continues prompt after prompt; with `speculation` one row at a time."""
 
-    def __init__(self, session: Session, tokenizer: TextTokenizer, end_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: TextTokenizer,
+        end_ids: Iterable[int] = (),
+        speculation: Speculation | None = None,
+    ) -> None:
         if tokenizer.vocab_size > session.vocab_size:
             raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {session.vocab_size}")
-        self.session, self.tokenizer = session, tokenizer
+        self.session, self.tokenizer, self.speculation = session, tokenizer, speculation
         self.end_ids = frozenset(end_ids) or frozenset(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
         self.constrainer = Constrainer(tokenizer)
 
@@ -187,7 +197,7 @@ class Generator:
                 yield item.row
 
         prefill = None if cache is None else functools.partial(cache.prefill, self.session)
-        for event in decode(self.session, rows(), prefill, width=width):
+        for event in self.decode(rows(), prefill, width=width):
             place, sample = running[event.row]
             text = sample.push(event.choice) if isinstance(event, Token) else sample.finish()
             if text:
@@ -195,12 +205,30 @@ class Generator:
             if isinstance(event, Finished):
                 del running[event.row]
                 cached = None if cache is None else cache.reused
-                ended[place] = dataclasses.replace(sample.result(), cached_tokens=cached)
+                made = dataclasses.replace(sample.result(), cached_tokens=cached)
+                if self.speculation is not None:
+                    made = dataclasses.replace(made, drafted=sample.row.drafted, accepted=sample.row.accepted)
+                ended[place] = made
             while due in ended:
                 yield ended.pop(due)
                 due += 1
         for place in sorted(ended):
             yield ended[place]
+
+    def decode(
+        self,
+        rows: Iterable[Row | None],
+        prefill: Callable[[Sequence[int]], Logits] | None = None,
+        *,
+        width: int | None = None,
+    ) -> Iterator[Token | Finished]:
+        """Grows rows, see `decoding.decode`; with guesses, where the generator has some, one row after the other."""
+        if self.speculation is None:
+            yield from decode(self.session, rows, prefill, width=width)
+            return
+        for number, row in enumerate(row for row in rows if row is not None):
+            for event in self.speculation.decode(self.session, row, prefill):
+                yield dataclasses.replace(event, row=number)
 
     def prompt_ids(self, text: str, config: GenerateConfig) -> tuple[list[int], int]:
         """The ids of a prompt, and how many were left out at its begin. Raises UsageError for one that does not fit."""
@@ -286,14 +314,22 @@ class Sample:
 
 
 def open_generator(
-    model: str | Path, *, device: str = "auto", threads: int | None = None, fast: bool = False
+    model: str | Path,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    fast: bool = False,
+    speculation: SpeculationConfig = SpeculationConfig(),  # noqa: B008 -- frozen
 ) -> Generator:
     """Loads a model folder, or a run's result. `fast`: see `GenerateConfig`."""
     from llmcli.runtime.open import open_session
 
     folder = resolve_model(model)
     tokenizer = load_tokenizer(folder)
-    return Generator(open_session(folder, device=device, threads=threads, fast=fast), tokenizer, _end_ids(folder))
+    draft = check_speculation(speculation, tokenizer)
+    session = open_session(folder, device=device, threads=threads, fast=fast)
+    guessing = open_speculation(speculation, session, draft, device=device, threads=threads, fast=fast)
+    return Generator(session, tokenizer, _end_ids(folder), guessing)
 
 
 def generate(
@@ -302,6 +338,7 @@ def generate(
     config: GenerateConfig = GenerateConfig(),  # noqa: B008  (frozen)
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008
     constraint: ConstraintConfig = ConstraintConfig(),  # noqa: B008
+    speculation: SpeculationConfig = SpeculationConfig(),  # noqa: B008
     *,
     prompt_cache: str | Path | None = None,
 ) -> Iterator[Piece | Generated | Failed]:
@@ -313,7 +350,9 @@ def generate(
     if prompt_cache is not None and not isinstance(prompts, str):
         raise UsageError("a prompt cache goes with one prompt", where=str(prompt_cache))
     cache = None if prompt_cache is None else PromptCache(prompt_cache, resolve_model(model))
-    generator = open_generator(model, device=config.device, threads=config.threads, fast=config.fast)
+    generator = open_generator(
+        model, device=config.device, threads=config.threads, fast=config.fast, speculation=speculation
+    )
     try:
         texts = [prompts] if isinstance(prompts, str) else prompts
         yield from generator.generate(texts, config, sampling, asked, cache)

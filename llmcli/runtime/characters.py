@@ -89,6 +89,12 @@ class WholeCharacters:
     def __init__(self, characters: Characters) -> None:
         self._characters, self._state = characters, 0
 
+    def copy(self) -> WholeCharacters:
+        """Another text that stands where this one stands."""
+        twin = WholeCharacters(self._characters)
+        twin._state = self._state
+        return twin
+
     def allowed(self) -> npt.NDArray[np.bool_]:
         """Which tokens may come next: (V,). All of them where none could: a vocabulary that lacks some bytes."""
         found: npt.NDArray[np.bool_] = self._characters.allowed[self._state]

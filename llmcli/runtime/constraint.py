@@ -83,10 +83,14 @@ class Matcher:
     """A text that grows by tokens which its grammar allows."""
 
     def __init__(self, native: Any, vocabulary: Vocabulary) -> None:
-        self._native, self._size = native, vocabulary.size
+        self._native, self._size, self._vocabulary = native, vocabulary.size, vocabulary
         self._end = vocabulary.ends[0]
         self._mask = np.zeros(vocabulary.words, np.int32)
         self._bytes = self._mask.view(np.uint8)
+
+    def copy(self) -> Matcher:
+        """The text as it stands, to go on by itself."""
+        return Matcher(self._native.deep_copy(), self._vocabulary)
 
     def allowed(self) -> npt.NDArray[np.bool_]:
         """Which tokens may come next: (V,); those that end a text are among them when it may end."""

@@ -29,6 +29,8 @@ class Row:
     logprobs: int | None = None
     ids: list[int] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None  # stop: an end was met; length: max_new_tokens; cut: the context is full
+    drafted: int = 0  # tokens that were guessed, and those of them that held (see speculation.py)
+    accepted: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,18 +69,7 @@ def decode(
     while True:
         for place, logits in waiting:
             index, row = places.held(place)
-            choice = row.sampler.choose(logits[: row.vocab_size], top=row.logprobs)
-            if choice.id in row.ends:
-                row.finish_reason = STOP
-            else:
-                row.ids.append(choice.id)
-                yield Token(index, choice)
-                if row.finish_reason is None and row.sampler.matcher is not None and row.sampler.matcher.ended:
-                    row.finish_reason = STOP
-                if row.finish_reason is None and len(row.ids) >= row.max_new_tokens:
-                    row.finish_reason = LENGTH
-                if row.finish_reason is None and len(row.prompt) + len(row.ids) > session.context:
-                    row.finish_reason = CUT
+            yield from grow(row, index, logits, session.context)
             if row.finish_reason is not None:
                 places.free(place)
                 yield Finished(index)
@@ -160,3 +151,19 @@ class _Places:
         """Feeds each row its last token: all places, with the logits after it."""
         last = np.array([[self.held(place)[1].ids[-1]] for place in range(len(self._held))], np.int64)
         return list(enumerate(self._session.feed(last)[:, -1]))
+
+
+def grow(row: Row, index: int, logits: Logits, context: int) -> Iterator[Token]:
+    """Chooses a row's next token by logits (V,), and ends the row where there is none or it was the last."""
+    choice = row.sampler.choose(logits[: row.vocab_size], top=row.logprobs)
+    if choice.id in row.ends:
+        row.finish_reason = STOP
+        return
+    row.ids.append(choice.id)
+    yield Token(index, choice)
+    if row.finish_reason is None and row.sampler.matcher is not None and row.sampler.matcher.ended:
+        row.finish_reason = STOP
+    if row.finish_reason is None and len(row.ids) >= row.max_new_tokens:
+        row.finish_reason = LENGTH
+    if row.finish_reason is None and len(row.prompt) + len(row.ids) > context:
+        row.finish_reason = CUT

@@ -20,7 +20,7 @@ from llmcli.errors import DataError, UsageError
 from llmcli.files.artefacts import GRAPH, PREFILL
 from llmcli.files.onnx_header import read_onnx
 from llmcli.runtime.portable_rows import PortableRows
-from llmcli.runtime.session import Ids, Logits, Mask, States
+from llmcli.runtime.session import FLOAT_ERROR, HALF_ERROR, QUANTIZED_ERROR, Ids, Logits, Mask, States
 
 # Facts of the graph: its context; whether its rows are "independent"; whether it is "portable".
 CONTEXT, ROWS, TARGET = "llmcli.context", "llmcli.rows", "llmcli.target"
@@ -50,6 +50,8 @@ class OnnxSession:
                 raise DataError(f"is of another model than {GRAPH}", where=str(folder / PREFILL))
             self._engines = _Engines(engine, _opened(folder / PREFILL, threads))
         self.vocab_size, self.context = self._shape.vocab_size, self._shape.context
+        error = QUANTIZED_ERROR if facts.quantized else FLOAT_ERROR if self._shape.dtype is np.float32 else HALF_ERROR
+        self.run_error = error if facts.independent else None
         self._rows = self._new_rows(0, 1)
         self._started = False
 
@@ -226,6 +228,7 @@ class _GraphFacts:
             raise DataError(f"names {context[:40]!r} as its context", where=str(graph))
         self.context, self.independent = int(context), header.metadata[ROWS] == "independent"
         self.portable = header.metadata.get(TARGET) == "portable"
+        self.quantized = any("NBits" in name or "Quantize" in name or "Integer" in name for name in header.operators)
 
     def _caches(self, stem: str) -> list[str]:
         return [f"{stem}.{layer}.{kind}" for layer in range(self.layers) for kind in ("key", "value")]

@@ -6,6 +6,7 @@ The order is that of transformers (repetition penalty, temperature, top-k, top-p
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
@@ -43,6 +44,10 @@ class TokenMask(Protocol):
 
     def accept(self, identity: int) -> None:
         """Takes a token, one of those that are allowed."""
+        ...
+
+    def copy(self) -> TokenMask:
+        """Another text that stands where this one stands."""
         ...
 
 
@@ -102,6 +107,24 @@ class Sampler:
         best = most_probable(logits, top)
         alternatives = tuple((int(item), float(logprobs[item])) for item in best)
         return Choice(identity, float(logprobs[identity]), alternatives)
+
+    def fork(self) -> Sampler:
+        """A sampler that, given the same logits, chooses what this one is going to."""
+        twin = copy.copy(self)
+        if self.config.temperature > 0:
+            twin._random = np.random.Generator(np.random.PCG64(0))
+            twin._random.bit_generator.state = self._random.bit_generator.state
+        twin._seen = None if self._seen is None else set(self._seen)
+        twin.matcher = None if self.matcher is None else self.matcher.copy()
+        return twin
+
+    def is_close(self, logits: Vector, error: float) -> bool:
+        """Whether the most probable token leads by less than rounding may move it: `error` of the largest logit."""
+        scores = self._penalised(logits)
+        if self.matcher is not None:
+            scores = np.where(self.matcher.allowed(), scores, -np.inf)
+        size = max(float(logits.max()), -float(logits.min()))
+        return bool(np.count_nonzero(scores >= scores.max() - error * size) > 1)
 
     def _penalised(self, logits: Vector) -> npt.NDArray[np.floating]:
         """Keskar et al. 2019 (CTRL), section 4.1: a token that occurred loses, whatever its logit's sign."""

@@ -16,6 +16,8 @@ Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 States = npt.NDArray[np.floating[Any]]  # keys or values of a layer and a row: (K, tokens, D)
+# Rounding, as of `Session.run_error`, with room: found were 1e-6, 4e-4 and 7e-3 (docs/log-onnx.md, "Speculation").
+FLOAT_ERROR, HALF_ERROR, QUANTIZED_ERROR = 3e-5, 2e-3, 1.5e-2
 
 
 class Session(Protocol):
@@ -23,6 +25,9 @@ class Session(Protocol):
 
     vocab_size: int
     context: int  # tokens that a row can hold
+    # How far logits may be from a single step's where their token shares a run with those before it, as a share of the
+    # largest; None: they are others, as all tokens of a run share a scale.
+    run_error: float | None
 
     @property
     def lengths(self) -> list[int]:

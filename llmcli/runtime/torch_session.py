@@ -14,7 +14,7 @@ from llmcli.errors import DataError, UsageError
 from llmcli.models.cache import KeyValueCache
 from llmcli.models.decoder import Decoder
 from llmcli.models.folder import load_model
-from llmcli.runtime.session import Ids, Logits, Mask, States
+from llmcli.runtime.session import FLOAT_ERROR, QUANTIZED_ERROR, Ids, Logits, Mask, States
 
 _SCORED = 1 << 23  # logits that scoring holds at once
 
@@ -25,6 +25,8 @@ class TorchSession:
     def __init__(self, model: Decoder) -> None:
         self.model = model
         self.vocab_size, self.context = model.config.vocab_size, model.config.max_position_embeddings
+        exact = (model.compute_dtype or model.embedding.dtype) == torch.float32
+        self.run_error: float | None = FLOAT_ERROR if exact else QUANTIZED_ERROR
         self._cache: KeyValueCache | None = None
 
     @property
