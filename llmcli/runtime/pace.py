@@ -45,7 +45,8 @@ class Pace:
         self._runs: dict[int, collections.deque[float]] = {}
         self._seen: dict[int, int] = {}  # when a run of that length was last made
         self._levels: dict[int, _Level] = {}
-        self._made = self._since = 0  # runs; runs since the last step
+        self._made = self._since = 0  # steps and runs; runs since the last step
+        self._table: dict[int, float] = {}  # steps that runs cost, by their guesses; empty: to be computed
         self._balance = self._tokens = self._doubt = 0.0
 
     def begin(self) -> None:
@@ -56,15 +57,15 @@ class Pace:
         """How many tokens to guess, at most `most`; 0: none."""
         if most < 1 or len(self._steps) < _FIRST or self._since >= 64:  # a step now and then tells what one costs
             return 0
-        step = statistics.median(self._steps)
         if self._balance < -(_FREE + _SHARE * self._tokens) or self._doubt > _DOUBT[0]:
             return 0
         known = self._levels.setdefault(level, _Level())
         best, gain = 0, _GAIN
-        for length in LENGTHS:
-            if length <= min(most, known.longest):
-                promised = known.tokens(length) * step / self._cost(length, step)
-                best, gain = (length, promised) if promised > gain else (best, gain)
+        for length, cost in (self._table or self._costs()).items():
+            if length > most or length > known.longest:
+                break
+            promised = known.tokens(length) / cost
+            best, gain = (length, promised) if promised > gain else (best, gain)
         if best:
             return best
         known.passed += 1
@@ -77,12 +78,15 @@ class Pace:
         """A token was made without a guess."""
         self._steps.append(seconds)
         self._made, self._since, self._tokens = self._made + 1, 0, self._tokens + 1
+        if self._made % 8 == 0:
+            self._table.clear()
 
     def run(self, level: int, guesses: int, right: int, seconds: float) -> None:
         """So many guesses were looked at in one run, the first `right` of which held."""
         self._made, self._since = self._made + 1, self._since + 1
         self._runs.setdefault(guesses, collections.deque(maxlen=5)).append(seconds)
         self._seen[guesses] = self._made
+        self._table.clear()
         known = self._levels.setdefault(level, _Level())
         known.right = _FORGET * known.right + right
         known.tested = _FORGET * known.tested + right + (right < guesses)
@@ -104,18 +108,16 @@ class Pace:
         if self._steps:
             self._balance -= seconds / statistics.median(self._steps)
 
-    def _cost(self, length: int, step: float) -> float:
-        """Seconds of a run with so many guesses: measured, between two that were, or (in hope) no more than fewer."""
-        known = {0: step}
-        known.update(
-            (made, statistics.median(times))
-            for made, times in self._runs.items()
-            if self._made - self._seen[made] <= _STALE
-        )
-        if length in known:
-            return known[length]
-        low = max(made for made in known if made < length)
-        high = min((made for made in known if made > length), default=low)
-        if high == low:
-            return known[low]
-        return known[low] + (known[high] - known[low]) * (length - low) / (high - low)
+    def _costs(self) -> dict[int, float]:
+        """By number of guesses, the cost of a run in steps: measured, between two that were, or (in hope) of fewer."""
+        step = statistics.median(self._steps)
+        known = {0: 1.0}
+        for made, times in self._runs.items():
+            if self._made - self._seen[made] <= _STALE:
+                known[made] = statistics.median(times) / step
+        for length in LENGTHS:
+            low = max(made for made in known if made <= length)
+            high = min((made for made in known if made >= length), default=low)
+            share = (length - low) / (high - low) if high > low else 0.0
+            self._table[length] = known[low] + (known[high] - known[low]) * share
+        return self._table

@@ -119,12 +119,12 @@ class Sampler:
         return twin
 
     def is_close(self, logits: Vector, error: float) -> bool:
-        """Whether the most probable token leads by less than rounding may move it: `error` of the largest logit."""
+        """Whether the most probable token leads by less than rounding may move it: `error` of its height."""
         scores = self._penalised(logits)
         if self.matcher is not None:
             scores = np.where(self.matcher.allowed(), scores, -np.inf)
-        size = max(float(logits.max()), -float(logits.min()))
-        return bool(np.count_nonzero(scores >= scores.max() - error * size) > 1)
+        height = max(float(logits.max()) - float(logits[::32].mean()), 1.0)  # over the others; some are enough
+        return bool(np.count_nonzero(scores >= scores.max() - error * height) > 1)
 
     def _penalised(self, logits: Vector) -> npt.NDArray[np.floating]:
         """Keskar et al. 2019 (CTRL), section 4.1: a token that occurred loses, whatever its logit's sign."""

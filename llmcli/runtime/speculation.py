@@ -22,7 +22,7 @@ import numpy as np
 from llmcli.errors import LlmcliError
 from llmcli.runtime.decoding import Finished, Row, Token, grow
 from llmcli.runtime.pace import LONGEST, Pace
-from llmcli.runtime.session import Logits, Session
+from llmcli.runtime.session import FLOAT_ERROR, Logits, Session
 
 _SHORTEST = 3  # tokens that must have occurred before for what followed them to be a guess
 _COMPARED, _OCCURRENCES = 12, 6  # tokens of an occurrence that are looked at, and occurrences
@@ -79,7 +79,7 @@ class Speculation:
             while True:
                 for place in range(len(run.guesses) + 1):
                     found = logits[place]
-                    again = self._is_close(session, row, found) and begin + len(row.ids) > plain
+                    again = self._is_close(session, row, found, begin + len(row.ids) == plain)
                     if again:
                         found = self._again(session, row, plain)
                         plain = begin + len(row.ids)
@@ -97,7 +97,8 @@ class Speculation:
                 if run.guesses:
                     self.pace.run(run.level, len(run.guesses), run.right, run.seconds)
                 held = begin + len(row.ids) - 1  # the last token was fed as a guess at most
-                session.rewind(held)
+                if run.guesses:
+                    session.rewind(held)
                 run, logits = self._run(session, row, held)
                 if not run.guesses and held == plain:
                     plain += 1
@@ -124,13 +125,16 @@ class Speculation:
             self.pace.step(seconds)
         return _Run(guesses, level or 0, seconds), logits
 
-    def _is_close(self, session: Session, row: Row, logits: Logits) -> bool:
-        """Whether single steps may lead to another greedy choice than logits (V,) from a run of several tokens."""
-        if row.sampler.config.temperature > 0 or not session.run_error or not self.exact:
+    def _is_close(self, session: Session, row: Row, logits: Logits, plain: bool) -> bool:
+        """Whether single steps may lead to another greedy choice than logits (V,), which are theirs where `plain`."""
+        error = session.run_error
+        if row.sampler.config.temperature > 0 or not error or not self.exact:
             return False
-        close = row.sampler.is_close(logits[: row.vocab_size], session.run_error)
+        if plain and (error == FLOAT_ERROR or len(row.ids) % 4):
+            return False  # a look now and then tells how often it would be so
+        close = row.sampler.is_close(logits[: row.vocab_size], error)
         self.pace.choice(close)
-        return close
+        return close and not plain
 
     def _again(self, session: Session, row: Row, plain: int) -> Logits:
         """The logits after the row as single steps give them: (V,)."""
