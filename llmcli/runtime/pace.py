@@ -12,7 +12,7 @@ import statistics
 
 LONGEST = 14  # guesses of a run; with the token before them fewer than a prompt, which a second graph may read
 LENGTHS = (1, 2, 3, 5, 7, 10, LONGEST)
-_FREE, _SHARE = 2.0, 0.02
+_FREE, _SHARE = 1.5, 0.015
 _GAIN = 1.04  # how much faster a run must promise to be
 _FIRST = 3  # steps whose cost is known before anything is guessed
 _STALE = 300  # runs after which a cost is no longer believed
@@ -92,7 +92,7 @@ class Pace:
         known.tested = _FORGET * known.tested + right + (right < guesses)
         if right == guesses:
             known.longest = min(max(known.longest, 2 * guesses + 1), LONGEST)
-            known.patience = _PATIENCE[0]
+            known.patience = max(known.patience // 2, _PATIENCE[0])
         else:
             known.longest = max(right + 2, 2)
         self._tokens += right + 1
