@@ -78,7 +78,7 @@ class Pace:
         """A token was made without a guess."""
         self._steps.append(seconds)
         self._made, self._since, self._tokens = self._made + 1, 0, self._tokens + 1
-        if self._made % 8 == 0:
+        if self._made % 32 == 0:
             self._table.clear()
 
     def run(self, level: int, guesses: int, right: int, seconds: float) -> None:
