@@ -16,7 +16,7 @@ Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 States = npt.NDArray[np.floating[Any]]  # keys or values of a layer and a row: (K, tokens, D)
-# Rounding, as of `Session.run_error`, with room: found were 1e-6, 4e-4 and 7e-3 (docs/log-onnx.md, "Speculation").
+# Rounding, as of `Session.run_error`, with room: found were 1e-6, 4e-4 and 7e-3 (docs/log.md, "Speculation").
 FLOAT_ERROR, HALF_ERROR, QUANTIZED_ERROR = 3e-5, 2e-3, 1.5e-2
 
 
