@@ -8,7 +8,7 @@ import click
 
 from llmcli.cli.display import progress
 from llmcli.cli.info import counted, size, table
-from llmcli.cli.options import GroupedCommand, is_json, overwrite_option, settings, shared_options
+from llmcli.cli.options import HELP, GroupedCommand, is_json, overwrite_option, settings, shared_options
 from llmcli.cli.streams import write_json, write_out
 from llmcli.config import CorpusConfig, TextConfig
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _LISTED = 100  # files in the table; --json has them all
 
 
-@click.group
+@click.group(context_settings=HELP)
 def data() -> None:
     """Check text files and prepare them as a corpus."""
 

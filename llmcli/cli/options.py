@@ -39,8 +39,14 @@ def _remember(context: click.Context, parameter: click.Parameter, value: Any) ->
     return value
 
 
+HELP = {"help_option_names": ["-h", "--help"]}  # of each command by itself, so that it has both wherever it is called
+
+
 class GroupedCommand(click.Command):
     """A command whose help lists its options under the headings of their settings, and its example last."""
+
+    def __init__(self, *arguments: Any, **details: Any) -> None:
+        super().__init__(*arguments, **{**details, "context_settings": {**HELP, **details.get("context_settings", {})}})
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}

@@ -12,7 +12,7 @@ import click
 
 from llmcli.cli.display import progress
 from llmcli.cli.info import table
-from llmcli.cli.options import GroupedCommand, is_json, overwrite_option, prompt_text, settings, shared_options
+from llmcli.cli.options import HELP, GroupedCommand, is_json, overwrite_option, prompt_text, settings, shared_options
 from llmcli.cli.streams import notice, read_stdin, stdin_is_piped, write_json, write_out
 from llmcli.config import TextConfig, TokenizerConfig
 from llmcli.errors import UsageError
@@ -26,7 +26,7 @@ _lines_option = click.option("--lines", is_flag=True, help="Each line is a text 
 _BATCH = 1024  # lines that are encoded at once
 
 
-@click.group
+@click.group(context_settings=HELP)
 def tokenizer() -> None:
     """Train a tokenizer, use it, look into it."""
 
