@@ -20,10 +20,11 @@ class ExportConfig:
     )
     quantizer: str = setting(
         "auto",
-        "How codes are chosen: round; weight-only: int8 whose activations stay unquantized between rows; "
-        "auto: the best for the precision.",
+        "How codes are chosen: round; search: scales of the least error; calibrated: the least error on text; "
+        "sequential: block after block against the float model, the best and slowest; weight-only: int8 whose "
+        "activations stay unquantized between rows; auto: round.",
         group="Export",
-        choices=("auto", "round", "weight-only"),
+        choices=("auto", "round", "search", "calibrated", "sequential", "weight-only"),
     )
     calibration: str | None = setting(
         None,

@@ -227,6 +227,30 @@ def test_stories_are_told_as_elsewhere(stories: Path, tmp_path: Path, precision:
         assert np.abs(found - np.array(told["per_token"])).max() < allowed
 
 
+@pytest.mark.parametrize("quantizer", ["search", "calibrated", "sequential"])
+def test_every_quantizer_makes_a_folder_that_passes_the_gate(
+    tmp_path: Path, model: Path, text: str, quantizer: str
+) -> None:
+    report = run(model, tmp_path / "out", precision="int4", quantizer=quantizer, calibration=text)
+    assert report.checks is not None
+    assert report.checks.perplexity_after > 1
+    assert verify(tmp_path / "out").problems == ()
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["settings"]["quantizer"] == quantizer
+
+
+def test_better_quantizers_are_better_on_a_model_that_learned_something(stories: Path, tmp_path: Path) -> None:
+    told = " ".join(story["text"] for story in reference()["greedy"])
+    (tmp_path / "text.txt").write_text(told * 4)
+    found = {}
+    for quantizer in ("round", "sequential"):
+        report = run(
+            stories, tmp_path / quantizer, precision="int4", quantizer=quantizer, calibration=str(tmp_path / "text.txt")
+        )
+        assert report.checks is not None
+        found[quantizer] = report.checks.kl_divergence
+    assert found["sequential"] < 0.8 * found["round"]
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # The gate
 

@@ -20,7 +20,6 @@ from llmcli.onnx.calibrate import Calibration
 from llmcli.onnx.families import ModelWeights
 from llmcli.onnx.quantize import (
     BLOCKS,
-    QUANTIZERS,
     BlockQuantized,
     Plan,
     RoundToNearest,
@@ -29,6 +28,7 @@ from llmcli.onnx.quantize import (
     round_channels,
     unpacked,
 )
+from llmcli.onnx.quantizers import QUANTIZERS
 from llmcli.onnx.weights import Weights
 
 SCHEMES = [Scheme(BLOCKS, bits, size) for bits in (4, 8) for size in (32, 64, 128)]

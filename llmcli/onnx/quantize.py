@@ -157,9 +157,6 @@ class Moments(Protocol):
         ...
 
 
-QUANTIZERS: dict[str, type[Quantizer]] = {"round": RoundToNearest}
-
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What each matrix becomes. `moments`: for a quantizer that needs them; `schemes`: exceptions by name."""

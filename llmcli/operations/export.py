@@ -27,7 +27,7 @@ from llmcli.operations.records import Progress
 if TYPE_CHECKING:
     from llmcli.onnx.calibrate import Calibration
     from llmcli.onnx.folder import GraphFigures
-    from llmcli.onnx.quantize import Plan
+    from llmcli.onnx.quantize import Plan, Quantizer
     from llmcli.operations.export_check import CheckReport
 
 CONFIG, GENERATION, GENAI, REPORT = "config.json", "generation_config.json", "genai_config.json", "export.json"
@@ -75,10 +75,12 @@ def export(
         )
     plan = plan_of(config)
     reference: ReferenceText | None = None
-    if config.check or plan.quantizer.needs_moments:
+    if config.check or plan.quantizer.needs_moments or config.quantizer == "sequential":
         reference = ReferenceText(tokenizer, config.calibration, text, shape.max_position_embeddings)
     if reference is not None and plan.quantizer.needs_moments:
         plan = dataclasses.replace(plan, moments=_calibration(folder, shape, reference, config))
+    if reference is not None and config.quantizer == "sequential":
+        plan = dataclasses.replace(plan, quantizer=_sequential(folder, shape, reference, config))
     with staged_folder(output, overwrite=overwrite) as staged:
         figures = yield from _write(folder, shape, plan, staged, config.prefill == "int8")
         size, seconds = size_of(staged), time.perf_counter() - began
@@ -108,19 +110,23 @@ def export(
 
 def plan_of(config: ExportConfig) -> Plan:
     """What each matrix becomes by the settings."""
-    from llmcli.onnx.quantize import QUANTIZERS, Plan
+    from llmcli.onnx.quantize import Plan
+    from llmcli.onnx.quantizers import QUANTIZERS
 
     if config.prefill == "int8" and (config.precision != "int4" or config.target != "ort"):
         raise ConfigError("a second graph pays for int4 and the target ort alone", where="prefill")
     if config.quantizer == "weight-only" and config.precision != "int8":
         raise ConfigError("is meant for int8: int4 leaves activations to each row anyway", where="quantizer")
-    method = "round" if config.quantizer in ("auto", "weight-only") else config.quantizer
+    if config.quantizer in ("search", "calibrated", "sequential") and config.precision not in ("int4", "int8"):
+        raise ConfigError(f"quantizes int4 and int8, not {config.precision}", where="quantizer")
+    if config.quantizer == "sequential" and (config.prefill == "int8" or config.target != "ort"):
+        raise ConfigError("sequential takes each matrix once: one graph, of the target ort", where="quantizer")
     return Plan(
         precision=config.precision,
         block_size=None if config.block_size == "auto" else int(config.block_size),
         weight_only=config.quantizer == "weight-only",
         portable=config.target == "portable",
-        quantizer=QUANTIZERS[method](),
+        quantizer=QUANTIZERS[config.quantizer if config.quantizer in QUANTIZERS else "round"](),
     )
 
 
@@ -132,6 +138,17 @@ def _calibration(folder: Path, shape: DecoderConfig, text: ReferenceText, config
 
     windows = text.calibrated(_CALIBRATED)
     return Calibration(shape, ModelWeights(shape, Weights(folder)), windows, config.threads or available_cores())
+
+
+def _sequential(folder: Path, shape: DecoderConfig, text: ReferenceText, config: ExportConfig) -> Quantizer:
+    """The quantizer that follows the model's own computation, block after block."""
+    from llmcli.onnx.families import ModelWeights
+    from llmcli.onnx.least_error import LeastError
+    from llmcli.onnx.sequential import Sequential
+    from llmcli.onnx.weights import Weights
+
+    windows, threads = text.calibrated(2 * _CALIBRATED), config.threads or available_cores()
+    return Sequential(shape, ModelWeights(shape, Weights(folder)), windows, threads, LeastError(zero_points=True))
 
 
 def _write(
