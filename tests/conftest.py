@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,11 @@ from hypothesis import settings
 # The machine's speed decides nothing, and a failure comes back on the next run.
 settings.register_profile("llmcli", deadline=None, derandomize=True, database=None)
 settings.load_profile("llmcli")
+
+# Started in the background or under nohup, signals are ignored, and children would inherit that; a user's are not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for _number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(_number, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
