@@ -65,6 +65,20 @@ def test_without_text_the_corpus_is_what_python_brings(tmp_path: Path) -> None:
     assert corpus.train_documents + corpus.val_documents == len(texts)
 
 
+def test_text_that_is_none_leaves_what_was_there(llmcli: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    done = llmcli("quickstart", "empty.txt", "-o", "new", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "Error: empty.txt: is empty\n")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old" / "run").mkdir(parents=True)
+    (tmp_path / "old" / "run" / "kept.txt").write_text("mine")
+    assert llmcli("quickstart", "empty.txt", "-o", "old", "--overwrite", cwd=tmp_path).returncode == 2
+    assert [path.relative_to(tmp_path).as_posix() for path in (tmp_path / "old").rglob("*")] == [
+        "old/run",
+        "old/run/kept.txt",
+    ]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_in_training_saves_the_run(tmp_path: Path, number: int, code: int) -> None:
     (tmp_path / "notes.txt").write_text(TEXT)

@@ -40,11 +40,11 @@ def quickstart(inputs: tuple[str, ...], output: str, seconds: float, seed: int, 
     from llmcli.training.loop import TrainingEvent
 
     stages: list[StageDone] = []
-    with Signals().caught() as signals, contextlib.ExitStack() as stack:
+    signals = Signals()
+    work = operation.quickstart(inputs, output, seconds=seconds, seed=seed, overwrite=overwrite, stopping=signals)
+    with signals.caught(), contextlib.closing(work), contextlib.ExitStack() as stack:
         show: Any = stack.enter_context(progress("quickstart"))
-        for record in operation.quickstart(
-            inputs, output, seconds=seconds, seed=seed, overwrite=overwrite, stopping=signals
-        ):
+        for record in work:
             if isinstance(record, Started):
                 stack.close()
                 show = stack.enter_context(training())

@@ -5,17 +5,18 @@ Invariant: everything it makes lies in one folder, and each step's figures are i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmcli.config import CompleteConfig, CorpusConfig, GenerateConfig, PretrainConfig, TextConfig, TokenizerConfig
 from llmcli.data.python_text import python_texts
 from llmcli.errors import MissingExtraError
-from llmcli.files.atomic import refuse_existing, staged_folder, write_file
+from llmcli.files.atomic import make_folders, moved_aside, refuse_existing, write_file
 from llmcli.operations.complete import complete
 from llmcli.operations.generate import Generated, generate
 from llmcli.operations.plot import draw, read_curves
@@ -27,6 +28,7 @@ from llmcli.training.loop import TrainingEvent
 
 PROMPT = "The "
 PREFIX = "The func"
+_MADE = ("text.jsonl", "tokenizer", "corpus", "run")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,15 +49,33 @@ def quickstart(
     seed: int = 0,
     overwrite: bool = False,
     stopping: Callable[[], bool] = lambda: False,
-) -> Iterator[Progress | Started | TrainingEvent | StageDone]:
+) -> Generator[Progress | Started | TrainingEvent | StageDone, None, None]:
     """Text to a model that writes, in the folder `folder`; without inputs the text that Python itself brings.
 
-    `seconds` bounds the training. Yields what the operations yield, and a StageDone after each.
+    `seconds` bounds the training. Yields what the operations yield, and a StageDone after each. What stood at `folder`
+    stays where the text proves to be none: it goes when the corpus is made.
     """
     place = Path(folder)
     refuse_existing(place, overwrite=overwrite)
-    with staged_folder(place, overwrite=overwrite):
-        pass  # an empty folder takes the place of the old content, which goes at once or not at all
+    fresh = not place.exists()
+    make_folders(place)
+    names = {*_MADE, *(path.name for path in place.iterdir())}
+    try:
+        with moved_aside(place, sorted(names)) as keep:
+            for record in _stages(inputs, place, seconds, seed, stopping):
+                if isinstance(record, StageDone) and record.stage == "corpus":
+                    keep()
+                yield record
+    except BaseException:
+        if fresh:
+            with contextlib.suppress(OSError):  # where something of it stays
+                place.rmdir()
+        raise
+
+
+def _stages(
+    inputs: Sequence[str], place: Path, seconds: float, seed: int, stopping: Callable[[], bool]
+) -> Iterator[Progress | Started | TrainingEvent | StageDone]:
     began = time.perf_counter()
 
     def done(stage: str, made: Path | str, **figures: Any) -> StageDone:
