@@ -97,14 +97,16 @@ def _one(
 
     if config.num_samples > 1:
         _one_at_a_time(config, speculation)
+    drawn = config.seed is None and sampling.temperature > 0
     if config.seed is None:
         config = dataclasses.replace(config, seed=new_seed())
-        if sampling.temperature > 0:
-            notice(f"seed {config.seed}")
     streamed = config.num_samples == 1 and config.logprobs is None and not is_json()
     told = False
     cut = 0
     for record in run(model, text, config, sampling, constraint, speculation, prompt_cache=cache):
+        if drawn:  # said once there is something to repeat: an error stays one line
+            notice(f"seed {config.seed}")
+            drawn = False
         if isinstance(record, Piece) and streamed:
             write_out(record.text)
         elif isinstance(record, Generated):
