@@ -30,7 +30,9 @@ class Calibration:
 
     def __init__(self, config: DecoderConfig, weights: ModelWeights, windows: Sequence[Ids], threads: int) -> None:
         self._config, self._weights, self._threads = config, weights, threads
-        self._states = _embedded(config, weights, windows)  # (T, C) each: what goes into the next block
+        self._states = embedded(
+            config, weights, weights.embedding, windows
+        )  # (T, C) each: what goes into the next block
         self._next = 0
         self._moments: dict[str, Array] = {}
 
@@ -80,11 +82,11 @@ def _layers_of(config: DecoderConfig) -> str:
     return "transformer.h." if config.model_type == "gpt2" else "model.layers."
 
 
-def _embedded(config: DecoderConfig, weights: ModelWeights, windows: Sequence[Ids]) -> list[Array]:
-    """The states that the first block gets; of the embedding, no more than a piece is read at a time."""
+def embedded(config: DecoderConfig, weights: ModelWeights, matrix: Matrix, windows: Sequence[Ids]) -> list[Array]:
+    """The states that the first block gets: (T, C) each; of the embedding, no more than a piece is read at a time."""
     found = [np.zeros((len(window), config.hidden_size), np.float32) for window in windows]
     first = 0
-    for piece in weights.embedding.pieces():
+    for piece in matrix.pieces():
         for window, states in zip(windows, found, strict=True):
             here = (window >= first) & (window < first + len(piece))
             states[here] = piece[window[here] - first]
@@ -96,8 +98,8 @@ def _embedded(config: DecoderConfig, weights: ModelWeights, windows: Sequence[Id
     return found
 
 
-class _Tapped(Graph):
-    """A graph that remembers what each product is given."""
+class TappedGraph(Graph):
+    """A graph that remembers what each product is given, by the name of its matrix."""
 
     def __init__(self) -> None:
         super().__init__(Plan(), InMemory())
@@ -112,10 +114,10 @@ class _Tapped(Graph):
 class _Block(DecoderGraph):
     """One block in onnxruntime: states (T, C) in, states and the inputs of its products out."""
 
-    graph: _Tapped
+    graph: TappedGraph
 
     def __init__(self, config: DecoderConfig, weights: ModelWeights, index: int, threads: int) -> None:
-        super().__init__(config, weights, _Tapped())
+        super().__init__(config, weights, TappedGraph())
         graph, layer = self.graph, weights.layer(index)
         states = graph.input("states", ir.DataType.FLOAT, ("batch", "tokens", config.hidden_size))
         self._lengths(states, graph.input("attention_mask", ir.DataType.INT64, ("batch", "total")))

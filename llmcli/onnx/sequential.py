@@ -23,12 +23,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from llmcli.models.config import DecoderConfig
+from llmcli.onnx.calibrate import TappedGraph, embedded
 from llmcli.onnx.decoder import DecoderGraph
-from llmcli.onnx.external import InMemory
 from llmcli.onnx.families import LayerWeights, ModelWeights
-from llmcli.onnx.graph import Graph
 from llmcli.onnx.least_error import LeastError, damped
-from llmcli.onnx.quantize import BlockQuantized, Plan, Scheme
+from llmcli.onnx.quantize import BlockQuantized, Scheme
 from llmcli.onnx.weights import Array, Held, Matrix
 
 Ids = npt.NDArray[np.int64]
@@ -113,8 +112,8 @@ class Sequential:
 
     def _streams(self) -> tuple[list[Array], list[Array]]:
         if self._states is None:
-            exact = _embedded(self._config, self._weights, self._weights.embedding, self._windows)
-            self._states = exact, _embedded(self._config, self._weights, self._embedding, self._windows)
+            exact = embedded(self._config, self._weights, self._weights.embedding, self._windows)
+            self._states = exact, embedded(self._config, self._weights, self._embedding, self._windows)
         return self._states
 
     def _block(self, layer: LayerWeights) -> _Block:
@@ -155,7 +154,7 @@ class Sequential:
 
     def _head_moment(self) -> Array:
         """Of what the head gets in the float model: a tied matrix is asked for before any block has run."""
-        states = _embedded(self._config, self._weights, self._embedding, self._windows)
+        states = embedded(self._config, self._weights, self._embedding, self._windows)
         for index in range(self._config.num_hidden_layers):
             block = self._block(self._weights.layer(index))
             states = [block(given, ["result"])[0] for given in states]
@@ -190,22 +189,6 @@ class _Fit:
         return found
 
 
-def _embedded(config: DecoderConfig, weights: ModelWeights, matrix: Matrix, windows: Sequence[Ids]) -> list[Array]:
-    """The states that the first block gets: (T, C) each; of the embedding, no more than a piece is read at a time."""
-    found = [np.zeros((len(window), config.hidden_size), np.float32) for window in windows]
-    first = 0
-    for piece in matrix.pieces():
-        for window, states in zip(windows, found, strict=True):
-            here = (window >= first) & (window < first + len(piece))
-            states[here] = piece[window[here] - first]
-        first += len(piece)
-    if config.model_type == "gpt2":
-        positions = weights.positions.rows()
-        for states in found:
-            states += positions[: len(states)]
-    return found
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # A block in onnxruntime
 
@@ -222,29 +205,16 @@ class _OneLayer(ModelWeights):
         return self._given
 
 
-class _Tapped(Graph):
-    """A graph that remembers what each product is given, by the name of its matrix."""
-
-    def __init__(self) -> None:
-        super().__init__(Plan(), InMemory())
-        self.taps: dict[str, ir.Value] = {}
-
-    def linear(self, x: ir.Value, matrix: Matrix, bias: Array | None, name: str, *, role: str = "") -> ir.Value:
-        """The product, its input noted."""
-        self.taps[matrix.name] = x
-        return super().linear(x, matrix, bias, name, role=role)
-
-
 class _Block(DecoderGraph):
     """One block: states (T, C) in; out what is asked for by name.
 
     Names: `states` (what came in), `middle` (after attention), `result`, and a matrix for what it is multiplied with.
     """
 
-    graph: _Tapped
+    graph: TappedGraph
 
     def __init__(self, config: DecoderConfig, weights: ModelWeights, threads: int) -> None:
-        super().__init__(config, weights, _Tapped())
+        super().__init__(config, weights, TappedGraph())
         graph, layer = self.graph, weights.layer(0)
         states = graph.input("states", ir.DataType.FLOAT, ("batch", "tokens", config.hidden_size))
         self._lengths(states, graph.input("attention_mask", ir.DataType.INT64, ("batch", "total")))
