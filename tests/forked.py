@@ -23,7 +23,7 @@ WAIT = 60.0  # seconds; never measured, only the end of hope
 LOADED = ("torch", "torch._dynamo", "rich.live", "rich.progress", "safetensors.torch", "llmcli.operations.pretrain")
 
 
-def _serve() -> multiprocessing.context.ForkServerContext:
+def server() -> multiprocessing.context.ForkServerContext:
     """The server, started with the checkout's package in its path."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(LOADED))
@@ -83,7 +83,7 @@ class Life:
         streams = (stdout or str(self.out), stderr or str(self.err))
         settings = {**kept, "PYTHONPATH": str(ROOT), **(environment or {})}
         arguments = (list(map(str, words)), str(cwd), settings, streams, limit)
-        self.process = _serve().Process(target=_live, args=arguments, daemon=True)
+        self.process = server().Process(target=_live, args=arguments, daemon=True)
         self.process.start()
 
     def wait(self) -> int:
