@@ -6,6 +6,7 @@ import dataclasses
 
 from llmcli.config_bench import BenchConfig as BenchConfig
 from llmcli.config_export import ExportConfig as ExportConfig
+from llmcli.config_finetune import LabelledConfig as LabelledConfig
 from llmcli.config_generation import ChatConfig as ChatConfig
 from llmcli.config_generation import ConstraintConfig as ConstraintConfig
 from llmcli.config_generation import SpeculationConfig as SpeculationConfig
