@@ -14,8 +14,10 @@ from typing import Any
 from llmcli.errors import DataError
 
 LONGEST = 64 << 20  # characters of one value or line
+# Under these names an object holds a list of records; {"version": ..., "data": [...]} is SQuAD's.
+CONTAINERS = ("data", "train", "validation", "test", "rows", "examples", "records", "items", "instances")
 _SPACE = re.compile(r"[ \t\n\r]*")
-_KINDS = {bool: "true or false", int: "a number", float: "a number", dict: "an object", list: "a list"}
+_KINDS = {bool: "true or false", int: "a number", float: "a number", dict: "an object", list: "a list", str: "a text"}
 
 
 class _TwiceError(ValueError):
@@ -64,13 +66,18 @@ def text_of(record: Any, field: str, where: str) -> str:
             raise DataError(f"field {field!r} is missing; found: {found} (choose with --text-field)", where=where)
         value = record[field]
     elif not isinstance(record, str):
-        raise DataError(f"is {_KINDS.get(type(record), 'null')}, neither an object nor a text", where=where)
+        raise DataError(f"is {kind_of(record)}, neither an object nor a text", where=where)
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         value = "\n".join(value)
+    return checked_text(value, field, where)
+
+
+def checked_text(value: Any, field: str, where: str) -> str:
+    """A field's value as a text; null is an empty one. Raises DataError for what is no text, or no characters."""
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"field {field!r} holds {_KINDS.get(type(value), 'no text')}, not text", where=where)
+        raise DataError(f"field {field!r} holds {kind_of(value)}, not text", where=where)
     if not value.isascii():
         try:
             value.encode("utf-8")
@@ -80,6 +87,11 @@ def text_of(record: Any, field: str, where: str) -> str:
                 f"the text holds {half}, half of a surrogate pair, which is no character", where=where
             ) from error
     return value
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in words: a number, a list, ..."""
+    return "null" if value is None else _KINDS.get(type(value), "no text")
 
 
 class JsonStream:
@@ -96,20 +108,77 @@ class JsonStream:
             while self._peek():
                 yield self._value()
             return
+        yield from self._items()
+        if self._peek():
+            raise self._error("something follows the list")
+
+    def records(self) -> Iterator[tuple[Any, int]]:
+        """As `values`; of an object that holds a list of objects under a name of CONTAINERS, the items of that list."""
+        if self._peek() != "{":
+            yield from self.values()
+            return
+        while self._peek():
+            if self._peek() == "{":
+                yield from self._object()
+            else:
+                yield self._value()
+
+    def _items(self) -> Iterator[tuple[Any, int]]:
+        """The items of the list that begins here, up to behind its end."""
         self.position += 1
         if self._peek() == "]":
             self.position += 1
+            return
+        while True:
+            yield self._value()
+            separator = self._peek()
+            if separator not in (",", "]"):
+                raise self._error("expecting ',' or ']'" if separator else "it ends inside its list")
+            self.position += 1
+            if separator == "]":
+                return
+
+    def _object(self) -> Iterator[tuple[Any, int]]:
+        """The object that begins here, or the items of the list in it."""
+        line, column = self._place(self.position)
+        made: dict[str, Any] = {}
+        expanded = ""
+        self.position += 1
+        separator = self._peek()
+        while separator != "}" or made:
+            if self._peek() != '"':
+                raise self._error("expecting a name in quotes" if self._peek() else "it ends inside its object")
+            key = str(self._value()[0])
+            if key in made:
+                raise DataError(_reason(_TwiceError(key)), where=f"{self.name}:{self.line}:{self.column}")
+            if self._peek() != ":":
+                raise self._error("expecting ':'")
+            self.position += 1
+            made[key] = None
+            if key in CONTAINERS and self._peek() == "[":
+                kept: list[Any] = []
+                for item, place in self._items():
+                    if not isinstance(item, dict):
+                        kept.append(item)
+                        continue
+                    if expanded not in ("", key):
+                        raise self._error(f"it holds two lists of records, {expanded!r} and {key!r}; a file holds one")
+                    expanded = key
+                    yield item, place
+                made[key] = kept
+            else:
+                made[key] = self._value()[0]
+            separator = self._peek()
+            if separator not in (",", "}"):
+                raise self._error("expecting ',' or '}'" if separator else "it ends inside its object")
+            self.position += 1
+            if separator == "}":
+                break
         else:
-            while True:
-                yield self._value()
-                separator = self._peek()
-                if separator not in (",", "]"):
-                    raise self._error("expecting ',' or ']'" if separator else "it ends inside its list")
-                self.position += 1
-                if separator == "]":
-                    break
-        if self._peek():
-            raise self._error("something follows the list")
+            self.position += 1
+        if not expanded:
+            self.line, self.column = line, column
+            yield made, line
 
     def _peek(self) -> str:
         """The next character that is no white space; "" at the end."""

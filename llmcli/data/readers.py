@@ -114,7 +114,7 @@ def _read_source(
     seen = SourceLog(source.name, source.format, source.compression)
     try:
         with stream:
-            seen.format = source.format or _sniff(stream.peek(4096))
+            seen.format = source.format or sniff(stream.peek(4096))
             if not stream.peek(1):
                 if source.named:
                     raise DataError("is empty", where=source.name)
@@ -137,7 +137,7 @@ def _read_source(
         seen.sha256 = raw.digest.hexdigest() if raw.digest is not None else ""
 
 
-def _sniff(head: bytes) -> str:
+def sniff(head: bytes) -> str:
     """The format of a stream without a name."""
     if head.startswith(b"PAR1"):
         return "parquet"
@@ -149,7 +149,7 @@ def _sniff(head: bytes) -> str:
 def _of_format(stream: Any, name: str, seen: SourceLog, config: TextConfig, log: ReadLog) -> Iterator[Document]:
     field = config.text_field
     if seen.format == "parquet":
-        yield from _parquet(_seekable(stream), name, config, None, log)
+        yield from _parquet(seekable(stream), name, config, None, log)
         return
     decoder = Decoder(stream, name, config.encoding, config.errors, plain=seen.format == "text")
     seen.encoding = decoder.encoding
@@ -180,7 +180,7 @@ def _parquet(
         yield from (Document(text, name, row) for text, row in rows)
 
 
-def _seekable(stream: Any) -> BinaryIO:
+def seekable(stream: Any) -> BinaryIO:
     """The stream's bytes in a nameless temporary file: Parquet begins at its end."""
     file = tempfile.TemporaryFile()  # noqa: SIM115
     shutil.copyfileobj(stream, file, 1 << 20)

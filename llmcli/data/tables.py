@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from llmcli.data.json_values import text_of
 from llmcli.errors import DataError, MissingExtraError
@@ -28,7 +28,7 @@ def read_table(
     table without such a line, from 1."""
     column: int | None = None
     width = 0
-    for row, line in _tab_rows(lines) if tabs else _comma_rows(lines, name):
+    for row, line in tab_rows(lines) if tabs else comma_rows(lines, name):
         where = f"{name}:{line}"
         if not row:
             continue
@@ -60,7 +60,7 @@ def _column_of(row: list[str], field: str, where: str) -> int:
     )
 
 
-def _comma_rows(lines: Iterator[str], name: str) -> Iterator[tuple[list[str], int]]:
+def comma_rows(lines: Iterator[str], name: str) -> Iterator[tuple[list[str], int]]:
     """(cells, the line that the row begins on). Raises DataError where the quotes do not match."""
     csv.field_size_limit(LONGEST_CELL)
     count = 0
@@ -89,7 +89,7 @@ def _comma_rows(lines: Iterator[str], name: str) -> Iterator[tuple[list[str], in
         yield row, first
 
 
-def _tab_rows(lines: Iterator[str]) -> Iterator[tuple[list[str], int]]:
+def tab_rows(lines: Iterator[str]) -> Iterator[tuple[list[str], int]]:
     """(cells, line). Most TSV knows no quotes, yet some programs write them: a cell quoted whole is unquoted."""
     for number, line in enumerate(lines, start=1):
         bare = line.rstrip("\r\n")
@@ -111,6 +111,22 @@ def read_parquet(
 
     Raises DataError for a damaged file, a missing column and one that holds no text.
     """
+    for record, row in parquet_rows(file, name, size, field, on_bytes=on_bytes):
+        try:
+            yield text_of(record, field, f"{name}:row {row}"), row
+        except DataError as error:
+            if problem is None:
+                raise
+            problem(error)
+
+
+def parquet_rows(
+    file: BinaryIO, name: str, size: int, field: str | None = None, *, on_bytes: Callable[[int], None] | None = None
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """(values by column, row from 1), of one column where `field` names it, else of all.
+
+    Raises DataError for a damaged file and a missing column.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -128,20 +144,15 @@ def read_parquet(
         names = table.schema_arrow.names
         if table.metadata.num_rows > _ROWS_A_BYTE * size:
             raise DataError(f"claims {table.metadata.num_rows} rows in {size} bytes; it is damaged", where=name)
-        if field not in names:
+        if field is not None and field not in names:
             found = ", ".join(repr(each) for each in names[:12])
             raise DataError(f"column {field!r} is missing; found: {found} (choose with --text-field)", where=name)
+        columns = None if field is None else [field]
         for group in range(table.num_row_groups):
-            batches = table.iter_batches(_BATCH, row_groups=[group], columns=[field], use_threads=False)
-            for batch in batches:
-                for value in batch.column(0).to_pylist():
+            for batch in table.iter_batches(_BATCH, row_groups=[group], columns=columns, use_threads=False):
+                for record in batch.to_pylist():
                     row += 1
-                    try:
-                        yield text_of({field: value}, field, f"{name}:row {row}"), row
-                    except DataError as error:
-                        if problem is None:
-                            raise
-                        problem(error)
+                    yield record, row
             if on_bytes is not None:
                 share = size * (group + 1) // table.num_row_groups
                 on_bytes(share - told)
