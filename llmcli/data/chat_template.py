@@ -45,24 +45,28 @@ class ChatTemplate:
         self.text, self.variables, self.where = text, dict(variables or {}), where
         self._child: subprocess.Popen[bytes] | None = None
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, tools: Sequence[Any] | None = None
+    ) -> str:
         """The conversation as text, up to where the answer begins.
 
         Raises DataError for a template that is wrong, that refuses the conversation, or that works beyond its limits.
         """
+        return self.render_parts(messages, [(len(messages), add_generation_prompt)], tools=tools)[0]
+
+    def render_parts(
+        self, messages: Sequence[Message], parts: Sequence[tuple[int, bool]], *, tools: Sequence[Any] | None = None
+    ) -> list[str]:
+        """For each (count, add_generation_prompt) the first messages as text, all in one turn of the child."""
         asked = {
             "template": self.text,
-            "variables": {
-                "messages": [_with_reasoning(message) for message in messages],
-                "tools": None,
-                "documents": None,
-                "add_generation_prompt": add_generation_prompt,
-                **self.variables,
-            },
+            "messages": [_with_reasoning(message) for message in messages],
+            "parts": list(parts),
+            "variables": {"tools": None if tools is None else list(tools), "documents": None, **self.variables},
         }
         answer = self._ask(json.dumps(asked).encode("ascii") + b"\n")
-        if "text" in answer:
-            return str(answer["text"])
+        if "texts" in answer:
+            return [str(text) for text in answer["texts"]]
         line = answer.get("line")
         raise DataError(str(answer.get("error")), where=f"{self.where}:{line}" if line else self.where)
 
@@ -176,8 +180,6 @@ def serve() -> None:
             answer = {"error": f"it works without end: stopped after {SECONDS:g} s, or {MEGABYTES} MB"}
         except RecursionError:
             answer = {"error": "it is nested too deeply, or calls itself without end"}
-        if len(answer.get("text", "")) > _LONGEST_TEXT:
-            answer = {"error": f"makes a text of more than {_LONGEST_TEXT:,} characters"}
         raw = json.dumps(answer).encode("ascii")
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.buffer.write(raw + b"\n")
@@ -203,7 +205,14 @@ def _render(asked: dict[str, Any], compiled: dict[str, Any]) -> dict[str, Any]:
         text = asked["template"]
         if text not in compiled:
             compiled[text] = _environment().from_string(text)
-        return {"text": compiled[text].render(asked["variables"])}
+        texts, length = [], 0
+        for count, asking in asked["parts"]:
+            own = {"messages": asked["messages"][:count], "add_generation_prompt": asking}
+            texts.append(compiled[text].render(own | asked["variables"]))
+            length += len(texts[-1])
+            if length > _LONGEST_TEXT:
+                return {"error": f"makes a text of more than {_LONGEST_TEXT:,} characters"}
+        return {"texts": texts}
     except TemplateSyntaxError as error:
         return {"error": f"is not a Jinja template: {_line(error.message)}", "line": error.lineno}
     except TemplateError as error:
