@@ -6,6 +6,8 @@ import dataclasses
 
 from llmcli.settings import setting
 
+TASKS = ("chat", "classify", "answer", "summarize", "prefer", "embed", "choice")  # that labelled data serve
+
 
 @dataclasses.dataclass(frozen=True)
 class LabelledConfig:

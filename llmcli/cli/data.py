@@ -8,9 +8,21 @@ import click
 
 from llmcli.cli.display import progress
 from llmcli.cli.info import counted, size, table
-from llmcli.cli.options import HELP, GroupedCommand, is_json, overwrite_option, settings, shared_options
+from llmcli.cli.labelled import show_labelled
+from llmcli.cli.options import (
+    HELP,
+    GroupedCommand,
+    SectionOption,
+    is_json,
+    overwrite_option,
+    setting_option,
+    settings,
+    shared_options,
+)
 from llmcli.cli.streams import write_json, write_out
-from llmcli.config import CorpusConfig, TextConfig
+from llmcli.config import CorpusConfig, LabelledConfig, TextConfig
+from llmcli.config_finetune import TASKS
+from llmcli.errors import UsageError
 
 if TYPE_CHECKING:
     from llmcli.operations.check_data import CheckReport
@@ -96,19 +108,69 @@ def _counts(counts: dict[str, int]) -> str:
 @click.option(
     "--min-chars", type=click.IntRange(0), default=1, show_default=True, help="Report documents of fewer characters."
 )
+@click.option(
+    "--task",
+    type=click.Choice(TASKS),
+    cls=SectionOption,
+    section="Labelled data",
+    help="Read the files as labelled data for this task.",
+)
+@setting_option(LabelledConfig, "columns", section="Labelled data")
+@click.option(
+    "-m",
+    "--model",
+    metavar="DIR",
+    cls=SectionOption,
+    section="Labelled data",
+    help="Count this model's tokens, against its context, and render by its chat template.",
+)
+@click.option(
+    "-t",
+    "--tokenizer",
+    metavar="DIR",
+    cls=SectionOption,
+    section="Labelled data",
+    help="Count this tokenizer's tokens.",
+)
+@click.option(
+    "--context",
+    "tokens",
+    type=click.IntRange(1),
+    cls=SectionOption,
+    section="Labelled data",
+    help="Tokens that an example may have (default: the model's context).",
+)
 @settings(TextConfig)
 @shared_options
 @click.pass_context
-def check(context: click.Context, files: tuple[str, ...], min_chars: int, text_config: TextConfig) -> None:
+def check(
+    context: click.Context,
+    files: tuple[str, ...],
+    min_chars: int,
+    task: str | None,
+    columns: str | None,
+    model: str | None,
+    tokenizer: str | None,
+    tokens: int | None,
+    text_config: TextConfig,
+) -> None:
     """Report what text files hold, and what prepare would stop at or drop.
 
-    Formats, encodings, documents, empty, very long and duplicate ones, each with file and line. The exit code is 3
-    where something would stop `data prepare`.
+    Formats, encodings, documents, empty, very long and duplicate ones, each with file and line. With --task they are
+    labelled data: the layout that was recognised, lengths, duplicates, labels, what validation shares with training,
+    and for chat the text that is trained on. The exit code is 3 where something would stop prepare or finetune.
 
     \b
     Example:
       llmcli data check notes.txt
     """
+    if task is not None:
+        labelled = LabelledConfig(columns, text_config.encoding, text_config.errors)
+        context.exit(show_labelled(files, task, labelled, model=model, tokenizer=tokenizer, context=tokens))
+    given = {"--columns": columns, "--model": model, "--tokenizer": tokenizer, "--context": tokens}
+    for flag, value in given.items():
+        if value is not None:
+            raise UsageError(f"{flag} goes with --task, which says that the data are labelled")
     from llmcli.operations.check_data import CheckReport, check_data
 
     report: Any = None

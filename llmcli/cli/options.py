@@ -151,6 +151,13 @@ def option_of(name: str, annotation: Any, default: Any, details: configs.Setting
     return click.option(flag, *details.aliases, name, type=chosen, multiple=many, show_default=shown, **common)
 
 
+def setting_option(config: type, name: str, *, section: str) -> Callable[[F], F]:
+    """The Click option of one setting of a dataclass, for a command that does not take them all."""
+    field, details = next(pair for pair in configs.settings_of(config) if pair[0].name == name)
+    hints = get_type_hints(config)
+    return option_of(name, hints[name], field.default, dataclasses.replace(details, group=section))
+
+
 def _config_file_option(function: Any) -> Any:
     return click.option(
         "-c",

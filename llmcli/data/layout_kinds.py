@@ -9,12 +9,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+from llmcli.config_finetune import TASKS as TASKS
 from llmcli.data import conversations, labels, pairs, preferences, questions
 from llmcli.data.fields import Maker
 from llmcli.errors import ConfigError
 from llmcli.settings import nearest
-
-TASKS = ("chat", "classify", "answer", "summarize", "prefer", "embed", "choice")
 
 _Names: TypeAlias = dict[str, tuple[str, ...]]
 

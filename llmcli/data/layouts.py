@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmcli.config_finetune import TASKS as TASKS
 from llmcli.config_finetune import LabelledConfig
 from llmcli.data import fields, labels
 from llmcli.data.examples import Example
 from llmcli.data.fields import Fields
 from llmcli.data.formats import STDIN, Source, find_inputs
 from llmcli.data.json_values import kind_of
-from llmcli.data.layout_kinds import TASKS as TASKS
 from llmcli.data.layout_kinds import UNNAMED, Kind, kinds_of
 from llmcli.data.records import Problem, Record, read_records
 from llmcli.errors import DataError

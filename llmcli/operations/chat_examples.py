@@ -163,10 +163,8 @@ def _end_of_turn(
                 "so the assistant's part cannot be told"
             )
         return found.end()
-    last = None
-    for last in pattern.finditer(text, begin, end) if pattern is not None else ():
-        pass
-    return last.end() if last is not None and not text[last.end() : end].strip() else end
+    ends = [match.end() for match in pattern.finditer(text, begin, end)] if pattern is not None else []
+    return ends[-1] if ends and not text[ends[-1] : end].strip() else end
 
 
 def _refuse_lost(

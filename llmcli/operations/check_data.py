@@ -133,7 +133,7 @@ class _Tally:
     def _judge(self, where: str, length: int, digest: bytes, *, blank: bool) -> None:
         self.counts["documents"] += 1
         self.characters += length
-        self.lengths[_rounded(length)] += 1
+        self.lengths[rounded(length)] += 1
         self.shortest = length if self.shortest is None else min(length, self.shortest)
         self.longest = max(self.longest, length)
         if blank:
@@ -172,7 +172,7 @@ class _Tally:
             characters=self.characters,
             bytes=self.bytes,
             shortest=self.shortest or 0,
-            median=_median(self.lengths),
+            median=median_of(self.lengths),
             longest=self.longest,
             empty=self.counts["empty"],
             short=self.counts["short"],
@@ -186,13 +186,14 @@ class _Tally:
         )
 
 
-def _rounded(length: int) -> int:
+def rounded(length: int) -> int:
     """The length to 4 or 5 binary digits: a count of all lengths would grow with the data."""
     step = 1 << max(0, length.bit_length() - 5)
     return length // step * step
 
 
-def _median(lengths: Counter[int]) -> int:
+def median_of(lengths: Counter[int]) -> int:
+    """The median of rounded lengths."""
     half = (lengths.total() + 1) // 2
     for length in sorted(lengths):
         half -= lengths[length]
