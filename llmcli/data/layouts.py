@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,7 +55,15 @@ def find_splits(inputs: Sequence[str]) -> Splits:
     A folder's files that hold no records (a readme) are left out, and beside a file named train those whose names tell
     no part. Raises DataError for an input that does not exist or holds no data.
     """
-    named = [(_part_of(source.name), source.name if source.path is not None else STDIN) for source in _sources(inputs)]
+    found: dict[str, str] = {}
+    for given in inputs:
+        for source in _sources([given]):
+            # The names of the folders above what was given say nothing about its files.
+            inner = os.path.relpath(source.name, given) if os.path.isdir(given) else Path(source.name).name
+            found.setdefault(source.name if source.path is not None else STDIN, _part_of(inner))
+    if not found:
+        raise DataError("no input was given")
+    named = [(part, name) for name, part in found.items()]
     if all(part != "train" for part, _ in named):
         return Splits(tuple(name for _, name in named))
     return Splits(*(tuple(name for part, name in named if part == each) for each in ("train", "validation", "test")))
@@ -68,7 +77,7 @@ _PARTS = {
 
 
 def _part_of(name: str) -> str:
-    """train, validation, test or "", by the words of a file's name, else of its folder's."""
+    """train, validation, test or "", by the words of a file's name, else of the folder it stands in."""
     path = Path(name)
     for text in (path.name, path.parent.name):
         words = re.split(r"[^a-z]+", text.lower())
