@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llmcli.config import EvaluateConfig as EvaluateConfig
     from llmcli.config import ExportConfig as ExportConfig
     from llmcli.config import GenerateConfig as GenerateConfig
+    from llmcli.config import LabelledConfig as LabelledConfig
     from llmcli.config import PretrainConfig as PretrainConfig
     from llmcli.config import SamplingConfig as SamplingConfig
     from llmcli.config import SpeculationConfig as SpeculationConfig
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from llmcli.operations.bench import bench as bench
     from llmcli.operations.chat import open_chat as open_chat
     from llmcli.operations.check_data import check_data as check_data
+    from llmcli.operations.check_labelled import check_labelled as check_labelled
     from llmcli.operations.complete import complete as complete
     from llmcli.operations.evaluate import evaluate as evaluate
     from llmcli.operations.export import export as export
@@ -47,8 +49,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "config": (
         *("BenchConfig", "ChatConfig", "CompleteConfig", "ConstraintConfig", "CorpusConfig", "EvaluateConfig"),
-        *("ExportConfig", "GenerateConfig", "PretrainConfig", "SamplingConfig", "SpeculationConfig", "TextConfig"),
-        "TokenizerConfig",
+        *("ExportConfig", "GenerateConfig", "LabelledConfig", "PretrainConfig", "SamplingConfig", "SpeculationConfig"),
+        *("TextConfig", "TokenizerConfig"),
     ),
     "errors": ("LlmcliError",),
     "data.corpus": ("open_corpus",),
@@ -57,6 +59,7 @@ _HOMES = {
     "operations.bench": ("bench",),
     "operations.chat": ("open_chat",),
     "operations.check_data": ("check_data",),
+    "operations.check_labelled": ("check_labelled",),
     "operations.complete": ("complete",),
     "operations.evaluate": ("evaluate",),
     "operations.export": ("export",),

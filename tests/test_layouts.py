@@ -330,6 +330,8 @@ def test_names_that_are_not_known_are_never_taken_for_data(tmp_path: Path) -> No
     assert len(read(path, "classify", "text=body,label=stars")) == 12
     path = table(tmp_path / "b.csv", [("one", "two", "how"), ("a b", "c d", 1), ("e f", "g h", 2)], ",")
     assert "looks like names" in problem(path, "embed")
+    path = table(tmp_path / "d.csv", [("review;stars",), ("good;1",)])
+    assert "its rows have one column" in problem(path, "classify")
     path = table(tmp_path / "c.csv", [("one two", "three four")] * 9, ",")
     assert "do not tell which column is the label" in problem(path, "classify")
 

@@ -52,6 +52,8 @@ def texts_of(example: Example) -> tuple[str, str]:
 def key_of(example: Example) -> bytes:
     """16 bytes that are equal for equal examples."""
     given, said = texts_of(example)
+    if isinstance(example, ChatExample) and example.tools:
+        said += f"\0{json.dumps(example.tools, sort_keys=True)}"
     if isinstance(example, PreferenceExample):
         said += f"\0{_said(example.rejected)}"
     if isinstance(example, ChoiceExample):

@@ -32,7 +32,9 @@ def require_classes(counts: Mapping[str, int], where: str | None = None) -> None
 def label_columns(rows: Sequence[Sequence[str]], name: str) -> dict[str, tuple[str, ...]]:
     """Which column is the label and which the text, by number from 1. Raises DataError where it is not plain."""
     width = len(rows[0])
-    like = [place for place in {0, width - 1} if _is_label(rows, place)] if width > 1 else []
+    if width == 1:
+        raise DataError("its rows have one column; csv is cut at commas, tsv at tabs", where=f"{name}:1")
+    like = [place for place in {0, width - 1} if _is_label(rows, place)]
     if len(like) == 2 and width == 2:  # both are short: numbers and single words are labels rather than texts
         words = [place for place in like if any(" " in row[place].strip() for row in rows)]
         like = [place for place in like if place not in words] if len(words) == 1 else like
