@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from small_model import make_model
 from small_tokenizer import make_tokenizer
 
 from llmcli.cli.data import data
@@ -221,6 +222,21 @@ def test_the_preference_that_is_shown_trains_on_the_answer_alone(tmp_path: Path)
     report = json.loads(run(path, "--task", "prefer", "--json"))
     text = report["rendered"]["text"]
     assert [text[begin:end] for begin, end in report["rendered"]["spans"]] == [f"Well{END}"]
+
+
+def test_a_model_gives_its_context_and_its_template(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", make_tokenizer(tmp_path / "tokenizer"), context=24)
+    path = tmp_path / "a.jsonl"
+    write(path, {"prompt": "The", "completion": " old man"}, {"prompt": "The", "completion": " old man" * 20})
+    shown = run(path, "--task", "chat", "-m", folder, code=3)
+    assert "context: 24 tokens; 1 example longer" in shown
+    assert "by no template; [[trained on]]:\n  The[[ old man]]" in shown
+    (folder / "chat_template.jinja").write_text(TURNS)
+    write(path, {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]})
+    shown = run(path, "--task", "chat", "-m", folder)
+    assert "by the model's own" in shown
+    assert "  assistant: [[Hello" in shown
+    assert "not both" in run(path, "--task", "chat", "-m", folder, "-t", folder, code=2)
 
 
 def test_options_of_labelled_data_want_a_task(tmp_path: Path) -> None:

@@ -18,7 +18,14 @@ from llmcli.data import chatml
 from llmcli.data.chat_template import ChatTemplate, open_template
 from llmcli.data.dedup import DigestSet
 from llmcli.data.example_text import key_of, texts_of
-from llmcli.data.examples import ChatExample, Example, LabelExample, PreferenceExample
+from llmcli.data.examples import (
+    ChatExample,
+    CompletionExample,
+    Example,
+    LabelExample,
+    PreferenceExample,
+    TextExample,
+)
 from llmcli.data.formats import find_inputs
 from llmcli.data.layouts import Layout, find_splits, read_examples
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
@@ -217,6 +224,9 @@ class _Tally:
             special = SpecialTokens({token: place for place, token in enumerate(chatml.TOKENS)})
             self.rendered = trained_spans(self.plain, chat.messages, chat.tools, special, first)
         given, said = texts_of(example)
+        if self.rendered is None and isinstance(example, CompletionExample | TextExample):
+            self.template = "no template"
+            self.rendered = Rendered(given + said, ((len(given), len(given + said)),))
         if self.tokenizer is None:
             return len(given), len(said)
         return len(self.tokenizer.encode(given)), len(self.tokenizer.encode(said))
