@@ -30,6 +30,7 @@ BARS: dict[tuple[str, tuple[str, ...]], dict[str, tuple[float, float]]] = {
     ("int4", ("llama.cpp Q4_0", "llama.cpp Q4_K_M")): {"15m": (2.0, 0.95), "135m": (1.25, 1.15), "1.1b": (1.12, 1.3)},
     ("int4", ("genai int4",)): {"15m": (1.4, 1.5), "135m": (1.4, 1.5), "1.1b": (1.4, 1.5)},
     ("int8", ("llama.cpp Q8_0",)): {"135m": (1.2, 3.8), "1.1b": (1.15, 4.0)},
+    ("int4+int8", ("openvino int4",)): {"135m": (1.5, 1.25), "1.1b": (1.3, 1.25)},
 }
 
 
@@ -85,7 +86,8 @@ def write_gguf(model: Path, folder: Path) -> None:
     heads, narrow = config["num_attention_heads"], config["num_key_value_heads"]
     folder.mkdir()
     whole = folder / "F16.gguf"
-    writer = gguf.GGUFWriter(str(whole), "llama")
+    kind = config["model_type"]  # llama or qwen3, which llama.cpp calls by the same names
+    writer = gguf.GGUFWriter(str(whole), kind)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -93,11 +95,14 @@ def write_gguf(model: Path, folder: Path) -> None:
     writer.add_head_count(heads)
     writer.add_head_count_kv(narrow)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(config["hidden_size"] // heads)
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(config.get("rope_theta", 10_000.0))
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.upper()), config["num_hidden_layers"])
     for file in sorted(model.glob("*.safetensors")):
         content = np.memmap(file, np.uint8, "r")
         begin = 8 + int(content[:8].view(np.uint64)[0])
@@ -107,11 +112,13 @@ def write_gguf(model: Path, folder: Path) -> None:
                 continue
             first, last = entry["data_offsets"]
             array = content[begin + first : begin + last].view(np.float32).reshape(entry["shape"])
-            if name.endswith(("q_proj.weight", "k_proj.weight")):  # its rope turns neighbours, not halves
+            if kind == "llama" and name.endswith(
+                ("q_proj.weight", "k_proj.weight")
+            ):  # its rope turns neighbours, not halves
                 parts = heads if name.endswith("q_proj.weight") else narrow
                 array = array.reshape(parts, 2, -1, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
-            kind = np.float32 if array.ndim == 1 else np.float16
-            writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(array, kind))
+            stored = np.float32 if array.ndim == 1 else np.float16
+            writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(array, stored))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -165,6 +172,10 @@ def run_llama(model: Path, threads: int) -> dict[str, float]:
 
     import llama_cpp
 
+    if sys.platform == "linux":
+        # Leave to use AMX's tiles, which its library does not ask the kernel for in every build: arch_prctl(
+        # ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA). Without AMX the call fails, and nothing is lost.
+        ctypes.CDLL(None).syscall(158, 0x1023, 18)
     silent = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
@@ -210,7 +221,54 @@ def run_genai(folder: Path, threads: int) -> dict[str, float]:
     return _timed(prefill, lambda: [kept[0].generate_next_token() for _ in range(NEW)])
 
 
-RUNS: dict[str, Callable[[Path, int], dict[str, float]]] = {"ours": run_ours, "llama": run_llama, "genai": run_genai}
+def write_openvino(model: Path, folder: Path) -> None:
+    """By OpenVINO's interpreter: the model by optimum-intel in int4, with a tokenizer of bytes, as ids are given."""
+    import openvino
+    from openvino_tokenizers import convert_tokenizer
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    block = "128" if model.name == "1.1b" else "64"
+    words = ["--model", model, "--task", "text-generation-with-past", "--weight-format", "int4", "--sym"]
+    tool = str(Path(sys.executable).with_name("optimum-cli"))
+    done = subprocess.run(
+        [tool, "export", "openvino", *map(str, words), "--group-size", block, "--ratio", "1.0", folder]
+    )
+    if done.returncode:
+        raise SystemExit("optimum-cli could not convert the model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_alone = Tokenizer(models.BPE({letter: place for place, letter in enumerate(alphabet)}, []))
+    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_alone.decoder = decoders.ByteLevel()
+    whole = PreTrainedTokenizerFast(tokenizer_object=bytes_alone, eos_token="!")
+    for part, name in zip(convert_tokenizer(whole, with_detokenizer=True), ("tokenizer", "detokenizer"), strict=True):
+        openvino.save_model(part, folder / f"openvino_{name}.xml")
+
+
+def run_openvino(folder: Path, threads: int) -> dict[str, float]:
+    """OpenVINO GenAI, greedy."""
+    import numpy as np
+    import openvino
+    import openvino_genai
+
+    pipeline = openvino_genai.LLMPipeline(str(folder), "CPU", INFERENCE_NUM_THREADS=threads)
+    ids = openvino.Tensor(np.array([[3 + 17 * place % 1000 for place in range(PROMPT)]], np.int64))
+    given = openvino_genai.TokenizedInputs(ids, openvino.Tensor(np.ones((1, PROMPT), np.int64)))
+    settings = openvino_genai.GenerationConfig(max_new_tokens=NEW + 1, ignore_eos=True, do_sample=False)
+    found = []
+    for _ in range(REPEATS + 1):
+        metrics = pipeline.generate(given, settings).perf_metrics
+        found.append((1000 * PROMPT / metrics.get_ttft().mean, 1000 / metrics.get_tpot().mean))
+    prefills, decodes = zip(*found[1:], strict=True)
+    return {"prefill": statistics.median(prefills), "decode": statistics.median(decodes)}
+
+
+RUNS: dict[str, Callable[[Path, int], dict[str, float]]] = {
+    "ours": run_ours,
+    "llama": run_llama,
+    "genai": run_genai,
+    "openvino": run_openvino,
+}
 
 
 def elsewhere(python: str, *words: object) -> str:
@@ -225,6 +283,9 @@ def jobs_of(size: str, place: Path, options: argparse.Namespace) -> dict[str, tu
     """What runs for a size: name -> (interpreter, kind, model)."""
     model = write_model(place / size, size)
     ours = {name: write_onnx(model, name, block_size=options.block_size) for name in ("int4", "int8")}
+    beside_openvino = options.openvino_python and size in BARS["int4+int8", ("openvino int4",)]
+    if beside_openvino:
+        ours["int4+int8"] = write_onnx(model, "int4", block_size=options.block_size, prefill="int8")
     jobs = {f"llmcli {name}": (sys.executable, "ours", folder) for name, folder in ours.items()}
     if options.genai_python:
         own = place / f"{size}-genai"
@@ -238,6 +299,9 @@ def jobs_of(size: str, place: Path, options: argparse.Namespace) -> dict[str, tu
         elsewhere(options.llama_python, "gguf", model, place / f"{size}-gguf")
         for name in ("Q4_0", "Q4_K_M", "Q8_0"):
             jobs[f"llama.cpp {name}"] = (options.llama_python, "llama", place / f"{size}-gguf" / f"{name}.gguf")
+    if beside_openvino:
+        elsewhere(options.openvino_python, "openvino-convert", model, place / f"{size}-openvino")
+        jobs["openvino int4"] = (options.openvino_python, "openvino", place / f"{size}-openvino")
     for path in model.glob("*.safetensors"):
         path.unlink()  # the greatest of the files, and no more needed
     return jobs
@@ -251,11 +315,13 @@ def main() -> None:
     parser.add_argument("--block-size", choices=("auto", "32", "64", "128"), default="auto")
     parser.add_argument("--llama-python", help="interpreter that has llama-cpp-python and gguf")
     parser.add_argument("--genai-python", help="interpreter that has onnxruntime-genai; with torch, for its own export")
+    parser.add_argument("--openvino-python", help="interpreter that has openvino-genai and optimum-intel")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.job and options.job[0] == "gguf":
-        write_gguf(Path(options.job[1]), Path(options.job[2]))
+    if options.job and options.job[0] in ("gguf", "openvino-convert"):
+        write = write_gguf if options.job[0] == "gguf" else write_openvino
+        write(Path(options.job[1]), Path(options.job[2]))
         return
     if options.job:
         print(json.dumps(RUNS[options.job[0]](Path(options.job[1]), int(options.job[2]))))

@@ -26,6 +26,13 @@ class ExportConfig:
         group="Export",
         choices=("auto", "round", "search", "calibrated", "sequential", "weight-only"),
     )
+    embedding: str = setting(
+        "auto",
+        "Of int4, the rows of the commonest tokens in embedding and head (the lowest quarter of the ids): same: int4 "
+        "too; mixed: int8; auto: mixed with sequential.",
+        group="Export",
+        choices=("auto", "same", "mixed"),
+    )
     calibration: str | None = setting(
         None,
         "Text to measure the quantized model on (default: text that Python brings).",

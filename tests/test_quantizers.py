@@ -158,6 +158,33 @@ def test_a_model_loses_least_when_each_product_makes_up_for_those_before(family:
     assert errors[2] < 0.75 * min(errors[:2])
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])  # a tied head, one of its own, positions
+def test_the_rows_of_common_tokens_err_as_int8_does(family: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path / family, family)
+    config, ids = load_config(model), np.array([ids_of(60, seed) for seed in range(4)])
+    ids[:2] %= 40  # those that are common, and any
+    wanted = np.ones((4, 59), np.bool_)
+    exact = open_torch(model, device="cpu", threads=1).score(ids, wanted)
+    weights = ModelWeights(config, Weights(model))
+    names = [matrix for place in range(config.num_hidden_layers) for matrix in _matrices(weights.layer(place))]
+    errors = []
+    for common in (0.0, 0.42, 0.999):
+        place = tmp_path / str(common)
+        place.mkdir()
+        plan = Plan("int4", block_size=32, common=common, schemes=dict.fromkeys(names, Scheme(BLOCKS, 8, 32)))
+        figures = list(write_graph(model, config, plan, place))[-1]
+        session = OnnxSession(place, threads=1)
+        errors.append(np.square(session.score(ids, wanted) - exact).reshape(2, -1).mean(1))
+        session.close()
+    assert figures.kinds["int8, blocks of 32"] > len(names)
+    assert errors[2].max() < errors[0].min() / 8  # all but one row in int8
+    assert errors[1][0] < errors[0][0] / 2
+
+
+def _matrices(layer: Any) -> list[str]:
+    return [matrix.name for matrix in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+
+
 def test_a_matrix_may_come_in_pieces_and_others_be_left_as_they_are(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     config = load_config(model)

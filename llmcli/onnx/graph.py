@@ -5,6 +5,8 @@ Invariant: names mirror the paths of the model's modules; a constant is stored o
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -12,13 +14,28 @@ import numpy as np
 import onnx_ir as ir
 
 from llmcli.onnx.external import ExternalData
-from llmcli.onnx.quantize import BLOCKS, CHANNELS, FLOAT, BlockQuantized, Plan, Scheme, round_channels
+from llmcli.onnx.quantize import BLOCKS, CHANNELS, FLOAT, Plan, Scheme, round_channels
 from llmcli.onnx.weights import Array, Matrix
 
 MICROSOFT = "com.microsoft"
 _INLINE = 16 << 10  # bytes; smaller constants stand in the graph itself
 _QUANTIZED_AT_ONCE = 1 << 26  # elements of a matrix that a quantizer gets at once
 _ACCURACY = 4  # activations are quantized to int8, row by row and block by block
+
+
+Parts = Sequence[tuple[int, Scheme]]  # of a matrix: how many rows, and how they are held
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Held:
+    """Some rows of a matrix as a product takes them."""
+
+    rows: int
+    scheme: Scheme
+    codes: ir.Value
+    scales: ir.Value
+    zeros: ir.Value | None
+    last: bool  # whether no more of the matrix follows
 
 
 class Graph:
@@ -37,6 +54,7 @@ class Graph:
         self.matrices: dict[str, tuple[int, int, Scheme]] = {}  # weights, bytes and scheme by name
         self._nodes: list[ir.Node] = []
         self._constants: dict[str, ir.Value] = {}
+        self._widths: dict[str, ir.Value] = {}
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         """A new input of the graph."""
@@ -110,7 +128,7 @@ class Graph:
         if self._known(name) is None:
             pieces = (piece.astype(self.numpy_dtype, copy=False) for piece in matrix.pieces())
             stored = self._hold(name, self.data.add(name, pieces, matrix.shape))
-            self._account(matrix, Scheme(FLOAT, 8 * self.numpy_dtype().itemsize), stored)
+            self._account(matrix.name, math.prod(matrix.shape), Scheme(FLOAT, 8 * self.numpy_dtype().itemsize), stored)
         return self._constants[name]
 
     # ------------------------------------------------------------------------------------------------------------
@@ -118,24 +136,33 @@ class Graph:
 
     def linear(self, x: ir.Value, matrix: Matrix, bias: Array | None, name: str, *, role: str = "") -> ir.Value:
         """x W^T + bias: (..., inputs) -> (..., outputs), with the operator that the plan says."""
-        scheme = self.plan.scheme(matrix.name, matrix.shape, role)
+        parts = self.plan.parts(matrix.name, matrix.shape, role)
+        scheme = parts[-1][1]
         added = None if bias is None else self.vector(f"{name}.bias", bias)
         if scheme.kind == BLOCKS:
-            return self._block_product(x, matrix, added, scheme, name)
+            return self._block_product(x, matrix, added, parts, name)
         if scheme.kind == CHANNELS:
             return self._channel_product(x, matrix, added, name)
         weight = self._streamed(f"{matrix.name}.weight", matrix)
         product = self.op("FusedMatMul", [x, weight], name, domain=MICROSOFT, transB=1)
         return product if added is None else self.op("Add", [product, added], f"{name}.sum")
 
-    def _block_product(self, x: ir.Value, matrix: Matrix, bias: ir.Value | None, scheme: Scheme, name: str) -> ir.Value:
-        outputs, inputs = matrix.shape
-        data, scales, zero_points = self._quantized(matrix, scheme)
-        given = [x, data, scales, zero_points, None, bias]
-        while given[-1] is None:
-            given.pop()
-        sizes = {"K": inputs, "N": outputs, "bits": scheme.bits, "block_size": scheme.block_size}
-        return self.op("MatMulNBits", given, name, domain=MICROSOFT, **sizes, accuracy_level=_ACCURACY)
+    def _block_product(self, x: ir.Value, matrix: Matrix, bias: ir.Value | None, parts: Parts, name: str) -> ir.Value:
+        """A product for each part of the outputs; of several parts, the bias is none."""
+        found = []
+        for held in self._quantized(matrix, parts):
+            given = [x, held.codes, held.scales, held.zeros, None, bias]
+            while given[-1] is None:
+                given.pop()
+            sizes = {
+                "K": matrix.shape[1],
+                "N": held.rows,
+                "bits": held.scheme.bits,
+                "block_size": held.scheme.block_size,
+            }
+            label = name if held.last else f"{name}.common"
+            found.append(self.op("MatMulNBits", given, label, domain=MICROSOFT, **sizes, accuracy_level=_ACCURACY))
+        return found[0] if len(found) == 1 else self.op("Concat", found, f"{name}.all", axis=-1)
 
     def _channel_product(self, x: ir.Value, matrix: Matrix, bias: ir.Value | None, name: str) -> ir.Value:
         stem = f"{matrix.name}.weight"
@@ -143,49 +170,81 @@ class Graph:
             found = round_channels(matrix.rows(0, matrix.shape[0]))
             held = [self.constant(f"{stem}.int8", found.data), self.constant(f"{stem}.scale", found.scales)]
             held.append(self.constant(f"{stem}.zero", np.zeros(matrix.shape[0], np.int8)))
-            self._account(matrix, Scheme(CHANNELS, 8), *held)
+            self._account(matrix.name, math.prod(matrix.shape), Scheme(CHANNELS, 8), *held)
         given = [x, *(self._constants[f"{stem}.{part}"] for part in ("int8", "scale", "zero")), bias]
         return self.op("DynamicQuantizeMatMul", given if bias else given[:-1], name, domain=MICROSOFT)
 
     def embedded(self, ids: ir.Value, matrix: Matrix, name: str) -> ir.Value:
         """The rows of an embedding (vocabulary, C) at the ids."""
-        scheme = self.plan.scheme(matrix.name, matrix.shape, "embedding")
-        if scheme.kind != BLOCKS:
+        parts = self.plan.parts(matrix.name, matrix.shape, "embedding")
+        if parts[-1][1].kind != BLOCKS:
             return self.op("Gather", [self._streamed(f"{matrix.name}.weight", matrix), ids], name)
-        data, scales, zero_points = self._quantized(matrix, scheme)
-        flat_name = f"{data.name}.rows"
-        stored: Any = data.const_value
-        shape = (matrix.shape[0], matrix.shape[1] * scheme.bits // 8)
+        held = self._quantized(matrix, parts)
+        if len(held) == 1:
+            return self._gathered(ids, matrix, held[0], name)
+        # Each part gathers a row for every id; those that it has are taken.
+        count = self.constant(f"{name}.common.rows", np.array(held[0].rows, np.int64))
+        highest, zero = (self.constant(f"scalar.{value}", np.array(value, np.int64)) for value in (held[0].rows - 1, 0))
+        low = self.op("Min", [ids, highest], f"{name}.common.ids")
+        high = self.op("Max", [self.op("Sub", [ids, count], f"{name}.rest"), zero], f"{name}.rest.ids")
+        is_common = self.op(
+            "Unsqueeze", [self.op("Less", [ids, count], f"{name}.is_common"), self.numbers(-1)], f"{name}.which"
+        )
+        rows = [
+            self._gathered(low, matrix, held[0], f"{name}.common"),
+            self._gathered(high, matrix, held[1], f"{name}.others"),
+        ]
+        return self.op("Where", [is_common, *rows], name)
+
+    def _gathered(self, ids: ir.Value, matrix: Matrix, held: _Held, name: str) -> ir.Value:
+        """Rows of one part: the product's codes under another shape."""
+        flat_name, stored = f"{held.codes.name}.rows", held.codes.const_value
+        shape = (held.rows, matrix.shape[1] * held.scheme.bits // 8)
         if isinstance(stored, ir.ExternalTensor):
             flat = self._known(flat_name) or self._hold(flat_name, self.data.again(flat_name, stored, shape))
         else:
+            assert stored is not None
             flat = self.constant(flat_name, stored.numpy().reshape(shape))
-        given = [flat, ids, scales] + ([] if zero_points is None else [zero_points])
-        sizes = {"bits": scheme.bits, "block_size": scheme.block_size, "gather_axis": 0, "quantize_axis": 1}
+        given = [flat, ids, held.scales] + ([] if held.zeros is None else [held.zeros])
+        sizes = {"bits": held.scheme.bits, "block_size": held.scheme.block_size, "gather_axis": 0, "quantize_axis": 1}
         return self.op("GatherBlockQuantized", given, name, domain=MICROSOFT, **sizes)
 
-    def _quantized(self, matrix: Matrix, scheme: Scheme) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-        """Codes, scales and zero points of a matrix, made once."""
-        stem = f"{matrix.name}.weight"
-        if self._known(f"{stem}.codes") is None:
-            moment = self.plan.moments.get(matrix.name)
-            found: list[BlockQuantized] = []
-            for piece in matrix.pieces(_QUANTIZED_AT_ONCE):
-                found.append(self.plan.quantizer.blocks(matrix.name, piece, scheme, moment))
-            held = [self.constant(f"{stem}.codes", _joined([each.data for each in found]))]
-            held.append(self.constant(f"{stem}.scales", _joined([each.scales for each in found])))
-            zero_points = [each.zero_points for each in found if each.zero_points is not None]
-            if zero_points:
-                held.append(self.constant(f"{stem}.zeros", _joined(zero_points)))
-            self._account(matrix, scheme, *held)
-        codes, scales, zeros = (self._known(f"{stem}.{part}") for part in ("codes", "scales", "zeros"))
-        assert codes is not None
-        assert scales is not None
-        return codes, scales, zeros
+    def _quantized(self, matrix: Matrix, parts: Parts) -> list[_Held]:
+        """Codes, scales and zero points of the parts of a matrix, made once."""
+        found, begin, moment = [], 0, None
+        for place, (rows, scheme) in enumerate(parts):
+            last = place == len(parts) - 1
+            name = matrix.name if last else f"{matrix.name}.common"
+            stem = f"{name}.weight"
+            if self._known(f"{stem}.codes") is None:
+                moment = self.plan.moments.get(matrix.name) if moment is None else moment
+                pieces = matrix.pieces(_QUANTIZED_AT_ONCE, begin, begin + rows)
+                blocks = [self.plan.quantizer.blocks(matrix.name, piece, scheme, moment) for piece in pieces]
+                held = [self.constant(f"{stem}.codes", _joined([each.data for each in blocks]))]
+                held.append(self.constant(f"{stem}.scales", _stored(_joined([each.scales for each in blocks]))))
+                zero_points = [each.zero_points for each in blocks if each.zero_points is not None]
+                if zero_points:
+                    held.append(self.constant(f"{stem}.zeros", _joined(zero_points)))
+                self._account(name, rows * matrix.shape[1], scheme, *held)
+            codes, scales, zeros = (self._known(f"{stem}.{part}") for part in ("codes", "scales", "zeros"))
+            assert codes is not None
+            assert scales is not None
+            found.append(_Held(rows, scheme, codes, self._widened(scales), zeros, last))
+            begin += rows
+        return found
 
-    def _account(self, matrix: Matrix, scheme: Scheme, *held: ir.Value) -> None:
+    def _widened(self, scales: ir.Value) -> ir.Value:
+        """Scales in the graph's precision: a product takes no other. onnxruntime casts a constant once, at load."""
+        assert scales.name is not None
+        if scales.dtype == self.dtype:
+            return scales
+        if scales.name not in self._widths:
+            self._widths[scales.name] = self.op("Cast", [scales], f"{scales.name}.wide", to=self.dtype)
+        return self._widths[scales.name]
+
+    def _account(self, name: str, weights: int, scheme: Scheme, *held: ir.Value) -> None:
         size = sum(value.const_value.nbytes for value in held if value.const_value is not None)
-        self.matrices[matrix.name] = (matrix.shape[0] * matrix.shape[1], size, scheme)
+        self.matrices[name] = (weights, size, scheme)
 
     # ------------------------------------------------------------------------------------------------------------
 
@@ -202,6 +261,13 @@ class Graph:
         model = ir.Model(graph, ir_version=self.ir_version, producer_name="llmcli", producer_version=version)
         model.metadata_props.update(metadata)
         return model
+
+
+def _stored(scales: Array) -> Any:
+    """Scales in float16 where nothing is lost."""
+    with np.errstate(over="ignore"):
+        half = scales.astype(np.float16)
+    return half if np.array_equal(half.astype(np.float32), scales) else scales
 
 
 def _joined(arrays: list[Any]) -> Any:

@@ -10,6 +10,7 @@ Invariant: every operator is of the standard domain; what is computed is what `d
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import numpy as np
@@ -79,7 +80,7 @@ class PortableGraph(Graph):
                 self.constant(f"{stem}.codes", (codes ^ 128).view(np.int8)),  # the middle code, 128, becomes 0
                 self.constant(f"{stem}.scales", scales.astype(self.numpy_dtype)),
             ]
-            self._account(matrix, scheme, *held)
+            self._account(matrix.name, math.prod(matrix.shape), scheme, *held)
         return self._constants[f"{stem}.codes"], self._constants[f"{stem}.scales"]
 
     def _dequantized(self, matrix: Matrix, scheme: Scheme) -> ir.Value:
@@ -91,7 +92,8 @@ class PortableGraph(Graph):
             scales = np.concatenate([each.scales for each in found]).T
             middles = np.concatenate([each.middles() for each in found]).T
             self._account(
-                matrix,
+                matrix.name,
+                math.prod(matrix.shape),
                 scheme,
                 self._codes(f"{stem}.codes", codes, scheme.bits),
                 self.constant(f"{stem}.scales", np.ascontiguousarray(scales.astype(self.numpy_dtype))),

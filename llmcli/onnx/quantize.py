@@ -100,6 +100,13 @@ def blocked(weight: Array, block_size: int) -> Array:
     return weight.reshape(outputs, -1, block_size)
 
 
+def storable(scales: Array) -> Array:
+    """The scales as float16 holds them, where it does to a part in a thousand: they take half the bytes then."""
+    with np.errstate(over="ignore"):
+        half = scales.astype(np.float16).astype(np.float32)
+    return half if bool((np.abs(half - scales) <= 1e-3 * np.abs(scales)).all()) else scales
+
+
 class Quantizer(Protocol):
     """A method that chooses codes and scales. Rows are independent: it may be given some of a matrix's rows."""
 
@@ -119,7 +126,7 @@ class RoundToNearest:
         """Rounds; without zero points, as the extreme decides the sign of the scale."""
         found = [_rounded(piece, scheme) for piece in _in_pieces(weight)]
         data = np.concatenate([each[0] for each in found])
-        return BlockQuantized(scheme, weight.shape[1], data, np.concatenate([each[1] for each in found]))
+        return BlockQuantized(scheme, weight.shape[1], data, storable(np.concatenate([each[1] for each in found])))
 
 
 def _in_pieces(weight: Array, elements: int = 1 << 20) -> list[Array]:
@@ -168,6 +175,15 @@ class Plan:
     moments: Moments | Mapping[str, Array] = dataclasses.field(default_factory=dict)
     schemes: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
     portable: bool = False  # standard operators alone, among which nothing quantizes activations for the product
+    common: float = 0.0  # share of the ids, the lowest, whose rows of embedding and head int4 keeps in int8
+
+    def parts(self, name: str, shape: tuple[int, int], role: str = "") -> tuple[tuple[int, Scheme], ...]:
+        """The kinds of product of a matrix's rows: (how many, which), one after the other; mostly one for all."""
+        scheme = self.scheme(name, shape, role)
+        count = int(self.common * shape[0]) if role and not self.portable else 0
+        if not count or (scheme.kind, scheme.bits) != (BLOCKS, 4):
+            return ((shape[0], scheme),)
+        return (count, Scheme(BLOCKS, 8, scheme.block_size)), (shape[0] - count, scheme)
 
     def scheme(self, name: str, shape: tuple[int, int], role: str = "") -> Scheme:
         """The kind of product of a matrix (outputs, inputs). `role`: "embedding" (tied to a head or not), "head" or "".

@@ -14,7 +14,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from llmcli.onnx.quantize import BlockQuantized, Scheme, blocked, packed
+from llmcli.onnx.quantize import BlockQuantized, Scheme, blocked, packed, storable
 from llmcli.onnx.weights import Array
 
 _PIECE = 1 << 18  # elements at once: intermediate arrays stay in the cores' caches
@@ -46,7 +46,7 @@ class Rounding:
         outputs, blocks = self.scales.shape
         data = packed(self.codes.reshape(outputs, blocks, -1), scheme.bits)
         zeros = packed(self.zeros.astype(np.uint8), scheme.bits) if zero_points else None
-        return BlockQuantized(scheme, inputs, data, self.scales, zeros)
+        return BlockQuantized(scheme, inputs, data, storable(self.scales), zeros)
 
 
 def searched(weight: Array, scheme: Scheme, importance: Array | None = None, *, zero_points: bool = False) -> Rounding:

@@ -56,6 +56,7 @@ class Sequential:
         self._index = 0  # of the block that is being quantized
         self._layer: LayerWeights | None = None  # its weights, those quantized that were asked for
         self._states: tuple[list[Array], list[Array]] | None = None  # into that block: float's, quantized's; (T, C)
+        self._exact: list[dict[str, Array]] | None = None  # by window, what the float model computes in that block
         self._embedding = weights.embedding
         self._fit: _Fit | None = None  # of the matrix that is asked for, piece by piece
 
@@ -63,10 +64,10 @@ class Sequential:
         """Quantizes (outputs, inputs), or the next rows of a matrix that is handed over in pieces."""
         if self._fit is None or self._fit.name != name:
             self._fit = self._fit_of(name)
-        fit = self._fit
-        method = self._method
-        if name == self._embedding.name:
-            method = LeastError(damping=_TIED_DAMPING, passes=method.passes, zero_points=method.zero_points)
+        fit, method = self._fit, self._method
+        damping = _TIED_DAMPING if name == self._embedding.name else method.damping
+        zero_points = method.zero_points and scheme.bits == 4  # with more codes they buy nothing
+        method = LeastError(damping=damping, passes=method.passes, zero_points=zero_points)
         found = method.blocks(name, fit.target(weight), scheme, fit.moment)
         fit.pieces.append(found.dequantized())
         if sum(map(len, fit.pieces)) == fit.outputs:
@@ -121,25 +122,38 @@ class Sequential:
 
     def _advance(self) -> None:
         """Both streams through the block."""
-        for states, layer in zip(self._streams(), (self._weights.layer(self._index), self._current()), strict=True):
+        exact, quantized = self._streams()
+        exact[:] = [found["result"] for found in self._float_block()]
+        block = self._block(self._current())
+        quantized[:] = [block(given, ["result"])[0] for given in quantized]
+        self._index, self._layer, self._exact = self._index + 1, None, None
+
+    def _float_block(self) -> list[dict[str, Array]]:
+        """Everything of the block in the float model, for each window: its products all ask for some of it."""
+        if self._exact is None:
+            layer = self._weights.layer(self._index)
             block = self._block(layer)
-            for place, given in enumerate(states):
-                states[place] = block(given, ["result"])[0]
-        self._index, self._layer = self._index + 1, None
+            names = ["states", "middle", "result", *(getattr(layer, field).name for field in _PRODUCTS)]
+            self._exact = [dict(zip(names, block(given, names), strict=True)) for given in self._streams()[0]]
+        return self._exact
+
+    def _of_float(self, window: int, names: Sequence[str]) -> list[Array]:
+        """Some of what the float model's block computes."""
+        found = self._float_block()[window]
+        return [found[name] for name in names]
 
     def _moments(self, name: str, matrix: Matrix, field: str) -> _Fit:
         """Accumulates what the fit of a matrix needs, over all windows."""
         taps, residual = [name], _RESIDUALS.get(field)
         if residual is not None:
             taps.append(residual)
-        runs = [_last_norm(self._config, self._weights), _last_norm(self._config, self._weights)]
-        if field:
-            runs = [self._block(layer) for layer in (self._weights.layer(self._index), self._current())]
+        run = self._block(self._current()) if field else _last_norm(self._config, self._weights)
         size, tokens = matrix.shape[1], 0
         moment, shift = np.zeros((size, size), np.float32), np.zeros((size, size), np.float32)
         lag = np.zeros((matrix.shape[0], size), np.float32) if residual else None
-        for states in zip(*self._streams(), strict=True):
-            exact, found = (run(given, taps) for run, given in zip(runs, states, strict=True))
+        for place, given in enumerate(self._streams()[1]):
+            found = run(given, taps)
+            exact = self._of_float(place, taps) if field else run(self._streams()[0][place], taps)
             moment += found[0].T @ found[0]
             shift += (exact[0] - found[0]).T @ found[0]
             if lag is not None:

@@ -135,9 +135,9 @@ class Matrix:
             begin += count
         return found[0] if len(found) == 1 else np.concatenate(found)
 
-    def pieces(self, elements: int = PIECE) -> Iterator[Array]:
-        """All rows, in pieces of about so many elements."""
+    def pieces(self, elements: int = PIECE, begin: int = 0, end: int | None = None) -> Iterator[Array]:
+        """The rows from `begin` to `end`, in pieces of about so many elements."""
         outputs, inputs = self.shape
-        step = max(1, elements // inputs)
-        for first in range(0, outputs, step):
-            yield self.rows(first, min(first + step, outputs))
+        end, step = outputs if end is None else end, max(1, elements // inputs)
+        for first in range(begin, end, step):
+            yield self.rows(first, min(first + step, end))

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 CONFIG, GENERATION, GENAI, REPORT = "config.json", "generation_config.json", "genai_config.json", "export.json"
 _CALIBRATED = 8192  # tokens
+# Of the ids: tokenizers give them in the order of merges, so the lowest quarter is three quarters of a text's tokens.
+_COMMON = 0.25
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -121,7 +123,11 @@ def plan_of(config: ExportConfig) -> Plan:
         raise ConfigError(f"quantizes int4 and int8, not {config.precision}", where="quantizer")
     if config.quantizer == "sequential" and (config.prefill == "int8" or config.target != "ort"):
         raise ConfigError("sequential takes each matrix once: one graph, of the target ort", where="quantizer")
+    if config.embedding == "mixed" and (config.precision != "int4" or config.target != "ort"):
+        raise ConfigError("mixed is meant for int4 and the target ort", where="embedding")
+    mixed = config.embedding == "mixed" or (config.embedding == "auto" and config.quantizer == "sequential")
     return Plan(
+        common=_COMMON if mixed and config.precision == "int4" else 0.0,
         precision=config.precision,
         block_size=None if config.block_size == "auto" else int(config.block_size),
         weight_only=config.quantizer == "weight-only",
