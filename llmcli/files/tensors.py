@@ -6,10 +6,12 @@ Format: https://github.com/huggingface/safetensors (README, "Format"); the index
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmcli.errors import DataError, from_os_error
 from llmcli.files.safetensors_header import TensorEntry, read_header
@@ -62,12 +64,60 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
         raise DataError(f"is not a valid safetensors file: {str(error).splitlines()[0]}", where=str(path)) from error
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Float32Tensor:
+    """A tensor that is written as it is made: `pieces` gives its numbers in order, as contiguous float32 arrays."""
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[Any]]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its numbers."""
+        return 4 * math.prod(self.shape)
+
+
+def stream_weights(tensors: Sequence[Float32Tensor], folder: Path) -> Iterator[int]:
+    """Writes as `save_weights` does, a piece at a time; yields how many bytes of numbers each piece had."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    sizes = {name: tensor.size for name, tensor in by_name.items()}
+    for file, names in _files_of(sizes, folder).items():
+        yield from _stream([by_name[name] for name in names], folder / file)
+
+
+def _stream(tensors: Sequence[Float32Tensor], path: Path) -> Iterator[int]:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.size
+        header[tensor.name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)  # so that the numbers are aligned
+    try:
+        with open(path, "xb") as file:
+            file.write(len(raw).to_bytes(8, "little") + raw)
+            for tensor in tensors:
+                written = 0
+                for piece in tensor.pieces():
+                    written += file.write(piece.data.cast("B"))
+                    yield piece.nbytes
+                assert written == tensor.size, tensor.name
+    except OSError as error:
+        raise from_os_error(error, path) from error
+
+
 def save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Writes `model.safetensors`, or shards of 4 GB with their index when there is more."""
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    for file, names in _files_of(sizes, folder).items():
+        save_tensors({name: tensors[name] for name in names}, folder / file)
+
+
+def _files_of(sizes: Mapping[str, int], folder: Path) -> dict[str, list[str]]:
+    """The files and which tensors (name: bytes) each takes; where there are several, their index is written."""
     if sum(sizes.values()) <= SHARD_BYTES:
-        save_tensors(tensors, folder / WEIGHTS)
-        return
+        return {WEIGHTS: list(sizes)}
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -76,13 +126,11 @@ def save_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
             filled = 0
         shards[-1].append(name)
         filled += size
-    places = {}
-    for index, names in enumerate(shards):
-        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_tensors({name: tensors[name] for name in names}, folder / file)
-        places.update(dict.fromkeys(names, file))
+    files = {f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors": names for index, names in enumerate(shards)}
+    places = {name: file for file, names in files.items() for name in names}
     content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
     (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    return files
 
 
 def weight_files(folder: Path) -> list[Path]:
