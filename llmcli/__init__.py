@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from llmcli.config import ChatConfig as ChatConfig
     from llmcli.config import CompleteConfig as CompleteConfig
     from llmcli.config import ConstraintConfig as ConstraintConfig
+    from llmcli.config import ConvertConfig as ConvertConfig
     from llmcli.config import CorpusConfig as CorpusConfig
     from llmcli.config import EvaluateConfig as EvaluateConfig
     from llmcli.config import ExportConfig as ExportConfig
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from llmcli.operations.check_data import check_data as check_data
     from llmcli.operations.check_labelled import check_labelled as check_labelled
     from llmcli.operations.complete import complete as complete
+    from llmcli.operations.convert import convert as convert
     from llmcli.operations.evaluate import evaluate as evaluate
     from llmcli.operations.export import export as export
     from llmcli.operations.generate import generate as generate
@@ -48,9 +50,9 @@ if TYPE_CHECKING:
 # Where each public name lives.
 _HOMES = {
     "config": (
-        *("BenchConfig", "ChatConfig", "CompleteConfig", "ConstraintConfig", "CorpusConfig", "EvaluateConfig"),
-        *("ExportConfig", "GenerateConfig", "LabelledConfig", "PretrainConfig", "SamplingConfig", "SpeculationConfig"),
-        *("TextConfig", "TokenizerConfig"),
+        *("BenchConfig", "ChatConfig", "CompleteConfig", "ConstraintConfig", "ConvertConfig", "CorpusConfig"),
+        *("EvaluateConfig", "ExportConfig", "GenerateConfig", "LabelledConfig", "PretrainConfig", "SamplingConfig"),
+        *("SpeculationConfig", "TextConfig", "TokenizerConfig"),
     ),
     "errors": ("LlmcliError",),
     "data.corpus": ("open_corpus",),
@@ -61,6 +63,7 @@ _HOMES = {
     "operations.check_data": ("check_data",),
     "operations.check_labelled": ("check_labelled",),
     "operations.complete": ("complete",),
+    "operations.convert": ("convert",),
     "operations.evaluate": ("evaluate",),
     "operations.export": ("export",),
     "operations.generate": ("generate", "open_generator"),

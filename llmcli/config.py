@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from llmcli.config_bench import BenchConfig as BenchConfig
+from llmcli.config_convert import ConvertConfig as ConvertConfig
 from llmcli.config_export import ExportConfig as ExportConfig
 from llmcli.config_finetune import LabelledConfig as LabelledConfig
 from llmcli.config_generation import ChatConfig as ChatConfig

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from stories import make_stories, reference
 
 from llmcli.config import SamplingConfig
 from llmcli.errors import ConfigError, DataError, UsageError
@@ -22,7 +22,6 @@ from llmcli.runtime.decoding import Row, decode
 from llmcli.runtime.sampling import Sampler
 from llmcli.runtime.torch_session import TorchSession
 
-STORIES = ROOT.parent / "shared" / "data" / "models" / "stories260K"
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-4
 IDS = torch.randint(0, 96, (3, 24), generator=torch.Generator().manual_seed(5))
@@ -207,62 +206,14 @@ def test_bfloat16_is_kept_or_widened_as_asked(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """llama2.c's stories260K as a model folder. Its layout is that of llama2.c's first export (`legacy_export`)."""
-    raw = (STORIES / "stories260K.bin").read_bytes()
-    size, inner, layers, heads, shared, vocabulary, context = np.frombuffer(raw, np.int32, 7).tolist()
-    numbers, place = torch.from_numpy(np.frombuffer(raw, np.float32, offset=28).copy()), 0
-    head = size // heads
-
-    def take(*shape: int) -> torch.Tensor:
-        nonlocal place
-        place += int(np.prod(shape))
-        return numbers[place - int(np.prod(shape)) : place].view(shape)
-
-    def halves(weight: torch.Tensor) -> torch.Tensor:
-        """It turns neighbours (2i, 2i + 1), Hugging Face's layout the halves (i, i + D / 2)."""
-        return weight.view(-1, head // 2, 2, size).transpose(1, 2).reshape(weight.shape)
-
-    tensors = {"model.embed_tokens.weight": take(vocabulary, size)}
-    for name, shape in {
-        "input_layernorm": (size,),
-        "self_attn.q_proj": (size, size),
-        "self_attn.k_proj": (shared * head, size),
-        "self_attn.v_proj": (shared * head, size),
-        "self_attn.o_proj": (size, size),
-        "post_attention_layernorm": (size,),
-        "mlp.gate_proj": (inner, size),
-        "mlp.down_proj": (size, inner),
-        "mlp.up_proj": (inner, size),
-    }.items():
-        for layer, weight in enumerate(take(layers, *shape)):
-            turned = halves(weight) if name.endswith(("q_proj", "k_proj")) else weight
-            tensors[f"model.layers.{layer}.{name}.weight"] = turned.contiguous()
-    tensors["model.norm.weight"] = take(size)
-    assert place + 2 * context * head // 2 == len(numbers)  # the rest are the tables of angles
-    folder = tmp_path_factory.mktemp("stories")
-    save_file(tensors, folder / NAME)
-    values = {
-        "model_type": "llama",
-        "vocab_size": vocabulary,
-        "hidden_size": size,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": shared,
-        "max_position_embeddings": context,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
-    }
-    (folder / "config.json").write_text(json.dumps(values))
-    return folder
+    """llama2.c's stories260K as a model folder."""
+    reference()
+    return make_stories(tmp_path_factory.mktemp("stories") / "model")
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason="the real model is not here")
 def test_a_real_model_tells_its_stories(stories: Path) -> None:
-    reference = json.loads((STORIES / "reference.json").read_text())
     session = TorchSession(load_model(stories))
-    told = reference["greedy"]
+    told = reference()["greedy"]
     for story, logits in zip(told, session.start([story["prompt_ids"] for story in told]), strict=True):
         ids, values = zip(*story["top5_logits_after_prompt"], strict=True)
         assert np.argsort(-logits)[:5].tolist() == list(ids)
@@ -273,10 +224,9 @@ def test_a_real_model_tells_its_stories(stories: Path) -> None:
     assert [[*row.prompt, *row.ids] for row in rows] == [story["ids"] for story in told]
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason="the real model is not here")
 def test_a_real_model_gives_texts_their_probability(stories: Path) -> None:
     session = TorchSession(load_model(stories))
-    for text in json.loads((STORIES / "reference.json").read_text())["log_probability"]:
+    for text in reference()["log_probability"]:
         ids = np.array([text["ids"]], np.int64)
         found = session.score(ids, np.ones((1, ids.shape[1] - 1), np.bool_))[0]
         assert np.abs(found - text["per_token"]).max() < 1e-3

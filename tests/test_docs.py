@@ -15,6 +15,7 @@ from typing import Any
 import click
 import pytest
 from conftest import ROOT, Run
+from test_convert import write_bin, write_tokenizer
 
 import llmcli as package
 from llmcli.cli.main import COMMANDS, main
@@ -102,6 +103,7 @@ complete -m runs/first "The old m" -n 2 --threads 1
 export runs/first -o first-int4 --calibration notes.txt --threads 1
 generate -m first-int4 "Once upon a time" --max-new-tokens 3 --threads 1
 bench -m runs/first -m first-int4 --prompt-tokens 8 --new-tokens 4 --rounds 1 --threads 1
+convert stories15M.bin --tokenizer tokenizer.bin -o stories
 chat -m runs/first --template chat.jinja --max-new-tokens 3 --threads 1
 info runs/first
 verify runs/first
@@ -115,6 +117,8 @@ def test_the_pipeline_of_the_readme_runs_from_end_to_end(llmcli: Run, tmp_path: 
     (tmp_path / "held-out.txt").write_text("The old man had a boat.\n" * 4)
     (tmp_path / "chat.jinja").write_text("{{ messages[-1].content }}")
     (tmp_path / "message.jsonl").write_text('{"role": "user", "content": "The old"}\n')
+    write_bin(tmp_path / "stories15M.bin")
+    write_tokenizer(tmp_path / "tokenizer.bin")
     for line in PIPELINE:
         with open(tmp_path / "message.jsonl" if line.startswith("chat") else "/dev/null") as stdin:
             found = llmcli(*shlex.split(line), cwd=tmp_path, stdin=stdin)

@@ -28,6 +28,7 @@ ROOMS = {
     "files": 0,
     "config": -1,
     "config_bench": -1.5,
+    "config_convert": -1.5,
     "config_export": -1.5,
     "config_finetune": -1.5,
     "config_generation": -1.5,
@@ -156,6 +157,7 @@ def test_config_and_errors_stand_on_the_standard_library() -> None:
     for name in (
         "config.py",
         "config_bench.py",
+        "config_convert.py",
         "config_export.py",
         "config_finetune.py",
         "config_generation.py",

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "generate": ("generate", "generate", "Continue a prompt with a model."),
     "chat": ("chat", "chat", "Talk with a model, turn by turn."),
     "complete": ("complete", "complete", "List the most probable completions of a prefix."),
+    "convert": ("convert", "convert", "Convert a model of another program to a model folder."),
     "info": ("info", "info", "Describe a tokenizer, corpus, run or model."),
     "verify": ("verify", "verify", "Check that an artefact is whole and consistent."),
     "plot": ("plot", "plot", "Draw the loss curves of runs."),
