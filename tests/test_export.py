@@ -196,8 +196,14 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_stories(tmp_path_factory.mktemp("stories") / "model")
 
 
+# Without these instructions a sum of int8 products saturates, and two tokens of these texts are 0.004 apart in int8.
+VNNI = Path("/proc/cpuinfo").is_file() and "vnni" in Path("/proc/cpuinfo").read_text()
+
+
 @pytest.mark.parametrize(
-    ("precision", "quantizer"), [("fp32", "auto"), ("fp16", "auto"), ("int8", "weight-only")], ids=str
+    ("precision", "quantizer"),
+    [("fp32", "auto"), ("fp16", "auto"), ("int8", "auto"), ("int8", "weight-only")],
+    ids=str,
 )
 def test_stories_are_told_as_elsewhere(stories: Path, tmp_path: Path, precision: str, quantizer: str) -> None:
     report = run(stories, tmp_path / "out", precision=precision, quantizer=quantizer)
@@ -218,12 +224,13 @@ def test_stories_are_told_as_elsewhere(stories: Path, tmp_path: Path, precision:
             ids.append(identity)
             logits = session.feed(np.array([[identity]]))[0, 0]
         assert len(ids) > 50
+        assert ids == wanted or quantizer == "weight-only" or (precision == "int8" and not VNNI)
         if precision == "fp32":
             assert greedy(tmp_path / "out", story["prompt"], len(wanted) - len(story["prompt_ids"])) in story["text"]
     for told in known["log_probability"]:
         ids = np.array([told["ids"]])
         found = session.score(ids, np.ones((1, ids.shape[1] - 1), np.bool_))[0]
-        allowed = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.25}[precision]
+        allowed = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.25 if quantizer == "weight-only" else 0.6}[precision]
         assert np.abs(found - np.array(told["per_token"])).max() < allowed
 
 
