@@ -35,9 +35,9 @@ class ExportConfig:
     )
     calibration: str | None = setting(
         None,
-        "Text to measure the quantized model on (default: text that Python brings).",
+        "Text, or a corpus (its held-out part), to measure the quantized model on (default: text that Python brings).",
         group="Export",
-        metavar="FILE",
+        metavar="PATH",
     )
     prefill: str = setting(
         "same", "int8: a second graph reads prompts faster, for more disk.", group="Export", choices=("same", "int8")

@@ -16,7 +16,7 @@ from llmcli.data.corpus import open_corpus
 from llmcli.data.python_text import help_topics, module_docstrings
 from llmcli.operations.verify import verify
 
-STAGES = ["tokenizer", "corpus", "model", "curve", "sample", "completion"]
+STAGES = ["tokenizer", "corpus", "model", "curve", "sample", "completion", "export", "int4"]
 TEXT = "The function returns a list. The function takes a tuple, and the list is sorted.\n" * 400
 
 
@@ -24,11 +24,13 @@ def test_a_users_file_becomes_a_model_that_writes(llmcli: Run, tmp_path: Path) -
     (tmp_path / "notes.txt").write_text(TEXT)
     done = llmcli("quickstart", "notes.txt", "-o", "first", "--seconds", 5, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
-    for stage in STAGES[:4]:
+    for stage in (*STAGES[:4], "export"):
         assert f"\n{stage} " in done.stdout
     assert "The model writes:\nThe " in done.stdout
     assert "It completes 'The func':" in done.stdout
-    for kind, place in (("tokenizer", "tokenizer"), ("corpus", "corpus"), ("run", "run"), ("model", "run/model")):
+    assert "In int4, on onnxruntime, it writes:\nThe " in done.stdout
+    made = {"tokenizer": "tokenizer", "corpus": "corpus", "run": "run", "model": "run/model", "onnx": "int4"}
+    for kind, place in made.items():
         verdict = verify(tmp_path / "first" / place, values=True)
         assert (verdict.kind, verdict.problems) == (kind, ())
     assert (tmp_path / "first" / "run" / "loss.svg").read_text().startswith("<?xml")
@@ -45,6 +47,11 @@ def test_as_json_it_is_a_record_a_stage_and_an_output_that_exists_is_refused(llm
     assert [record["stage"] for record in records] == STAGES
     assert all(set(record) == {"stage", "seconds", "made", "figures"} for record in records)
     assert records[2]["figures"]["parameters"] > 10**5
+    exported = records[-2]["figures"]
+    assert exported["int4_bytes"] < exported["model_bytes"] / 2
+    assert -20 < exported["perplexity_increase_percent"] < 20
+    assert min(exported["tokens_per_second_before"], exported["tokens_per_second_after"]) > 0
+    assert records[-1]["figures"]["tokens"] > 0
     again = llmcli(*words, cwd=tmp_path)
     assert (again.returncode, again.stdout) == (2, "")
     assert "--overwrite" in json.loads(again.stderr)["error"]["message"]

@@ -14,7 +14,11 @@ from llmcli import __version__
 
 # name: (module, attribute, one-line help). The line equals the first of the command's docstring; a test holds them.
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "quickstart": ("quickstart", "quickstart", "Text to tokenizer, corpus, model and generated text, in minutes."),
+    "quickstart": (
+        "quickstart",
+        "quickstart",
+        "Text to tokenizer, corpus, model, int4 and generated text, in minutes.",
+    ),
     "tokenizer": ("tokenizer", "tokenizer", "Train a tokenizer, use it, look into it."),
     "data": ("data", "data", "Check text files and prepare them as a corpus."),
     "pretrain": ("pretrain", "pretrain", "Pretrain a language model on a corpus or on plain text."),

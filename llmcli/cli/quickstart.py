@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @overwrite_option
 @shared_options
 def quickstart(inputs: tuple[str, ...], output: str, seconds: float, seed: int, overwrite: bool) -> None:
-    """Text to tokenizer, corpus, model and generated text, in minutes.
+    """Text to tokenizer, corpus, model, int4 and generated text, in minutes.
 
     Without TEXT the corpus is what Python itself brings: its help topics and the docstrings of its standard library.
 
@@ -40,18 +40,21 @@ def quickstart(inputs: tuple[str, ...], output: str, seconds: float, seed: int, 
     from llmcli.training.loop import TrainingEvent
 
     stages: list[StageDone] = []
+    trained = False
     signals = Signals()
     work = operation.quickstart(inputs, output, seconds=seconds, seed=seed, overwrite=overwrite, stopping=signals)
     with signals.caught(), contextlib.closing(work), contextlib.ExitStack() as stack:
         show: Any = stack.enter_context(progress("quickstart"))
         for record in work:
             if isinstance(record, Started):
+                trained = True
                 stack.close()
                 show = stack.enter_context(training())
             elif isinstance(record, TrainingEvent | Progress):
                 show(record)
                 if record.__class__ is TrainingEvent and record.event == "end":
                     stack.close()
+                    show = stack.enter_context(progress("quickstart"))
             else:
                 stages.append(record)
                 if is_json():
@@ -59,9 +62,10 @@ def quickstart(inputs: tuple[str, ...], output: str, seconds: float, seed: int, 
                 else:
                     notice(f"{record.stage:<11} {record.made}  {_seconds(record)}")
             if signals() and isinstance(record, Progress):
-                raise StoppedError("stopped before training", signal_number=signals.number)
+                break
     if signals():
-        raise StoppedError(f"stopped; {output}/run is saved", signal_number=signals.number)
+        told = f"stopped; {output}/run is saved" if trained else "stopped before training"
+        raise StoppedError(told, signal_number=signals.number)
     if not is_json():
         write_out(_summary(stages, output))
 
@@ -71,9 +75,13 @@ def _seconds(stage: StageDone) -> str:
 
 
 def _value(name: str, value: Any) -> str:
-    if name == "bytes":
+    if name.split("_")[-1] == "bytes":
         return size(value)
     return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _label(name: str) -> str:
+    return name.removesuffix("_bytes").replace("_", " ")
 
 
 def _summary(stages: list[StageDone], output: str) -> str:
@@ -81,22 +89,25 @@ def _summary(stages: list[StageDone], output: str) -> str:
     found = {stage.stage: stage for stage in stages}
     rows = []
     for stage in stages:
-        if stage.stage in ("sample", "completion"):
+        if stage.stage in ("sample", "completion", "int4"):
             continue
-        figures = ", ".join(f"{name.replace('_', ' ')} {_value(name, value)}" for name, value in stage.figures.items())
+        figures = ", ".join(f"{_label(name)} {_value(name, value)}" for name, value in stage.figures.items())
         rows.append(f"{stage.stage:<10} {stage.seconds:>6.1f} s  {figures}")
     lines = ["", *rows]
-    sample, completion = found.get("sample"), found.get("completion")
+    sample, completion, quantized = found.get("sample"), found.get("completion"), found.get("int4")
     if sample is not None:
         lines += ["", "The model writes:", sample.figures["prompt"] + sample.figures["text"]]
     if completion is not None:
         lines += ["", f"It completes {completion.figures['prefix']!r}:"]
         lines += [f"  {item['probability']:.3f}  {item['text']}" for item in completion.figures["completions"]]
+    if quantized is not None:
+        lines += ["", "In int4, on onnxruntime, it writes:", quantized.figures["prompt"] + quantized.figures["text"]]
     model = f"{output}/run/model"
     lines += [
         "",
         "Go on with:",
         f'  llmcli generate -m {model} "The module"',
+        f'  llmcli generate -m {output}/int4 "The module"',
         f'  llmcli complete -m {model} "import "',
         f"  llmcli pretrain {output}/corpus -o runs/longer --preset 4m",
         f"  llmcli info {model}",

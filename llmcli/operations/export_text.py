@@ -6,11 +6,13 @@ Invariant: no window is both calibrated on and measured on, and the same text an
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from llmcli.config import TextConfig
+from llmcli.data.corpus import CORPUS, open_corpus
 from llmcli.data.python_text import python_texts
 from llmcli.data.readers import read_documents
 from llmcli.data.tokenizer import TextTokenizer
@@ -24,12 +26,18 @@ _FEWEST = 64  # tokens
 
 
 class ReferenceText:
-    """A text in windows of at most `context` tokens; the one that Python brings where no path is given."""
+    """A text in windows of at most `context` tokens; the one that Python brings where no path is given.
+
+    Of a corpus it is the part held out for validation, or what was trained on where that is too short.
+    """
 
     def __init__(self, tokenizer: TextTokenizer, path: str | None, config: TextConfig, context: int) -> None:
-        texts = python_texts() if path is None else (document.text for document in read_documents([path], config))
-        wanted = _CHARACTERS if path is not None else _CHARACTERS // 16  # more of Python's takes seconds to collect
-        ids = np.fromiter(_ids(tokenizer, texts, wanted), np.int64)
+        if path is not None and (Path(path) / CORPUS).is_file():
+            ids = _corpus_ids(tokenizer, path)
+        else:
+            texts = python_texts() if path is None else (document.text for document in read_documents([path], config))
+            wanted = _CHARACTERS if path is not None else _CHARACTERS // 16  # more of Python's takes seconds to collect
+            ids = np.fromiter(_ids(tokenizer, texts, wanted), np.int64)
         if len(ids) < _FEWEST:
             raise DataError(f"holds {len(ids)} tokens; a check needs {_FEWEST} or more", where=path)
         size = min(context, LONGEST, len(ids) // 2)
@@ -55,6 +63,18 @@ def _ids(tokenizer: TextTokenizer, texts: Iterable[str], characters: int) -> Ite
         characters -= len(text)
         if characters <= 0:
             return
+
+
+def _corpus_ids(tokenizer: TextTokenizer, path: str) -> Ids:
+    corpus = open_corpus(path)
+    if corpus.tokenizer_hash != tokenizer.hash:
+        raise DataError("was made with another tokenizer than the model's", where=path)
+    shards = corpus.val() if corpus.val_tokens >= _FEWEST else corpus.train()
+    found, wanted = [np.empty(0, np.int64)], _CHARACTERS // 4
+    for shard in shards:
+        found.append(shard[:wanted].astype(np.int64))
+        wanted -= len(found[-1])
+    return np.concatenate(found)
 
 
 def _spread(windows: Ids, tokens: int) -> list[Ids]:

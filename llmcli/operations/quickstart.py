@@ -1,4 +1,5 @@
-"""`quickstart`: the whole way once, by the same operations as the commands: text, tokenizer, corpus, model, words.
+"""`quickstart`: the whole way once, by the same operations as the commands: text, tokenizer, corpus, model, words,
+and the same model in int4 on onnxruntime.
 
 Invariant: everything it makes lies in one folder, and each step's figures are in the record that ends it.
 """
@@ -13,11 +14,20 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcli.config import CompleteConfig, CorpusConfig, GenerateConfig, PretrainConfig, TextConfig, TokenizerConfig
+from llmcli.config import (
+    CompleteConfig,
+    CorpusConfig,
+    ExportConfig,
+    GenerateConfig,
+    PretrainConfig,
+    TextConfig,
+    TokenizerConfig,
+)
 from llmcli.data.python_text import python_texts
 from llmcli.errors import MissingExtraError
 from llmcli.files.atomic import make_folders, moved_aside, refuse_existing, write_file
 from llmcli.operations.complete import complete
+from llmcli.operations.export import ExportReport, export
 from llmcli.operations.generate import Generated, generate
 from llmcli.operations.plot import draw, read_curves
 from llmcli.operations.prepare import PrepareReport, prepare
@@ -28,7 +38,7 @@ from llmcli.training.loop import TrainingEvent
 
 PROMPT = "The "
 PREFIX = "The func"
-_MADE = ("text.jsonl", "tokenizer", "corpus", "run")
+_MADE = ("text.jsonl", "tokenizer", "corpus", "run", "int4")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,7 +60,7 @@ def quickstart(
     overwrite: bool = False,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Generator[Progress | Started | TrainingEvent | StageDone, None, None]:
-    """Text to a model that writes, in the folder `folder`; without inputs the text that Python itself brings.
+    """Text to a model that writes, in torch and as int4 ONNX, in the folder `folder`; without inputs Python's own text.
 
     `seconds` bounds the training. Yields what the operations yield, and a StageDone after each. What stood at `folder`
     stays where the text proves to be none: it goes when the corpus is made.
@@ -133,6 +143,8 @@ def _stages(
     except MissingExtraError:
         pass
     yield from _words(run / "model", seed, done)
+    yield from _exported(run / "model", place / "corpus", place / "int4", done)
+    yield _sample("int4", place / "int4", seed, done)
 
 
 def _corpus_figures(report: PrepareReport) -> dict[str, Any]:
@@ -145,8 +157,37 @@ def _corpus_figures(report: PrepareReport) -> dict[str, Any]:
 
 def _words(model: Path, seed: int, done: Callable[..., StageDone]) -> Iterator[StageDone]:
     """A sample and an autocompletion."""
-    for record in generate(model, [PROMPT], GenerateConfig(max_new_tokens=80, seed=seed)):
-        if isinstance(record, Generated):
-            yield done("sample", "", prompt=PROMPT, text=record.text, tokens=record.tokens)
+    yield _sample("sample", model, seed, done)
     found = complete(model, PREFIX, CompleteConfig(count=5))
     yield done("completion", "", prefix=PREFIX, completions=[dataclasses.asdict(item) for item in found.completions])
+
+
+def _sample(stage: str, model: Path, seed: int, done: Callable[..., StageDone]) -> StageDone:
+    for record in generate(model, [PROMPT], GenerateConfig(max_new_tokens=80, seed=seed)):
+        if isinstance(record, Generated):
+            return done(stage, "", prompt=PROMPT, text=record.text, tokens=record.tokens)
+    raise AssertionError("a prompt has a text")
+
+
+def _exported(
+    model: Path, corpus: Path, output: Path, done: Callable[..., StageDone]
+) -> Iterator[Progress | StageDone]:
+    """The int4 folder, checked on the text that was held out."""
+    for record in export(model, output, ExportConfig(precision="int4", calibration=str(corpus))):
+        if isinstance(record, ExportReport):
+            yield done("export", output, **_export_figures(record))
+        else:
+            yield record
+
+
+def _export_figures(report: ExportReport) -> dict[str, Any]:
+    checks = report.checks
+    assert checks is not None
+    return {
+        "model_bytes": report.source_bytes,
+        "int4_bytes": report.size_bytes,
+        "bits_per_weight": report.bits_per_weight,
+        "perplexity_increase_percent": round(checks.perplexity_increase_percent, 3),
+        "tokens_per_second_before": checks.decode_before,
+        "tokens_per_second_after": checks.decode_after,
+    }
