@@ -45,6 +45,8 @@ def table(facts: dict[str, Any], indent: str = "") -> list[str]:
 
 
 def _label(key: str) -> str:
+    if "." in key:  # a file's name
+        return key
     return key.removesuffix("_bytes").replace("_", " ") if key.endswith("_bytes") else key.replace("_", " ")
 
 

@@ -31,7 +31,8 @@ def verify(path: str, strict: bool) -> None:
     else:
         for problem in verdict.problems:
             write_out(problem + "\n")
+    kind = "ONNX folder" if verdict.kind == "onnx" else verdict.kind
     if not verdict.ok:
         count = len(verdict.problems)
-        raise CheckError(f"{count} problem{'s' if count > 1 else ''} in this {verdict.kind}", where=path)
-    notice(f"{path}: this {verdict.kind} is whole")
+        raise CheckError(f"{count} problem{'s' if count > 1 else ''} in this {kind}", where=path)
+    notice(f"{path}: this {kind} is whole")

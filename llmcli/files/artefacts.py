@@ -20,6 +20,7 @@ CHECKPOINTS = "checkpoints"
 RESULT = "model"  # the folder in a run that holds its best model
 GRAPH = "model.onnx"
 PREFILL = "prefill.onnx"  # a second graph over the same cache and data, which reads prompts
+_ONNX = (GRAPH, f"{GRAPH}.data", "export.json")  # any of them: a folder that lost one is still of its kind
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _EXPECTED = (
     "tokenizer.json (a tokenizer), corpus.json (a corpus), config.toml with checkpoints/ (a run) "
@@ -46,7 +47,7 @@ def kind_of(path: str | Path) -> str:
         return "run"
     if has("state.json") and has("config.json", *_WEIGHTS):
         return "checkpoint"
-    if has(GRAPH) and not has(*_WEIGHTS):
+    if has(*_ONNX) and not has(*_WEIGHTS):
         return "onnx"
     if has("config.json") or has(*_WEIGHTS):
         return "model"
@@ -94,8 +95,8 @@ def is_model(folder: Path) -> bool:
 
 
 def is_onnx(folder: Path) -> bool:
-    """Whether the folder holds a graph, and no weights that torch would read."""
-    return (folder / GRAPH).is_file() and not any((folder / name).is_file() for name in _WEIGHTS)
+    """Whether the folder holds a graph, or what is left of one, and no weights that torch would read."""
+    return any((folder / name).is_file() for name in _ONNX) and not any((folder / name).is_file() for name in _WEIGHTS)
 
 
 def onnx_paths(folder: Path) -> list[Path]:

@@ -31,6 +31,11 @@ _OF_ONNXRUNTIME = """
     DynamicQuantizeMatMul FastGelu FusedMatMul GatherBlockQuantized GroupQueryAttention MatMulNBits QuickGelu
     SkipLayerNormalization SkipSimplifiedLayerNormalization
 """
+# What a decoder's graph takes and gives; named where another is refused.
+EXPECTED = (
+    "input_ids, attention_mask, past_key_values.N.key|value and num_logits_to_keep (optional) to logits and "
+    "present.N.key|value"
+)
 OPERATORS = {"": frozenset(_STANDARD.split()), MICROSOFT: frozenset(_OF_ONNXRUNTIME.split())}
 
 
@@ -44,6 +49,7 @@ class OnnxTensor:
     location: str | None = None
     offset: int = 0
     length: int = 0
+    inside: memoryview | None = None  # the bytes that stand in the graph
 
     @property
     def count(self) -> int:
@@ -89,6 +95,11 @@ def _refused(path: Path, reason: str) -> DataError:
 
 class _Malformed(ValueError):
     """The bytes are no graph, or one that is not allowed."""
+
+
+def _foreign(reason: str) -> _Malformed:
+    """Of a graph that somebody else made: with what is expected instead."""
+    return _Malformed(f"{reason}; expected is a decoder of {EXPECTED}")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -151,7 +162,7 @@ def _model(data: memoryview) -> OnnxHeader:
         elif field == 14:
             metadata.update([_pair(_message(value))])
         elif field == 25:
-            raise _Malformed("it defines functions")
+            raise _foreign("it defines functions")
     if graph is None:
         raise _Malformed("it holds no graph")
     inputs, outputs, operators, tensors = list[str](), list[str](), dict[str, int](), list[OnnxTensor]()
@@ -165,7 +176,7 @@ def _model(data: memoryview) -> OnnxHeader:
             names = [_text(item) for number, item in _fields(_message(value)) if number == 1]
             (inputs if field == 11 else outputs).extend(names)
         elif field == 15:
-            raise _Malformed("it holds sparse tensors")
+            raise _foreign("it holds sparse tensors")
     names = [tensor.name for tensor in tensors]
     if len(set(names)) != len(names):
         raise _Malformed("two tensors have one name")
@@ -186,16 +197,16 @@ def _node(data: memoryview) -> str:
         elif field == 7:
             domain = _text(value)
         elif field == 5 and any(number in (5, 6, 10, 11, 22, 23) for number, _ in _fields(_message(value))):
-            raise _Malformed("a node holds a tensor or a graph")
+            raise _foreign("a node holds a tensor or a graph")
     if kind not in OPERATORS.get(domain, ()):
         named = f"{domain}.{kind}" if domain else kind
-        raise _Malformed(f"the operator {named[:80]} is none of those that `llmcli export` writes, and it alone is run")
+        raise _foreign(f"the operator {named[:80]} is none of those that `llmcli export` writes, and it alone is run")
     return kind
 
 
 def _tensor(data: memoryview) -> OnnxTensor:
     name, dtype, shape, external = "", 0, list[int](), dict[str, str]()
-    outside, inside = False, 0
+    outside, inside = False, memoryview(b"")
     for field, value in _fields(data):
         if field == 1:
             shape += [value] if isinstance(value, int) else _packed(value)
@@ -204,7 +215,7 @@ def _tensor(data: memoryview) -> OnnxTensor:
         elif field == 8:
             name = _text(value)
         elif field == 9:
-            inside = len(_message(value))
+            inside = _message(value)
         elif field == 13:
             external.update([_pair(_message(value))])
         elif field == 14:
@@ -216,9 +227,9 @@ def _tensor(data: memoryview) -> OnnxTensor:
     tensor = OnnxTensor(name, dtype, tuple(shape))
     size = (tensor.count * BITS[dtype] + 7) // 8
     if not outside:
-        if external or inside != size:
-            raise _Malformed(f"the tensor {name[:80]!r} has {inside} bytes, its shape asks for {size}")
-        return tensor
+        if external or len(inside) != size:
+            raise _Malformed(f"the tensor {name[:80]!r} has {len(inside)} bytes, its shape asks for {size}")
+        return dataclasses.replace(tensor, inside=inside)
     if set(external) - {"location", "offset", "length", "checksum"} or "location" not in external:
         raise _Malformed(f"the place of the tensor {name[:80]!r} is not told as it should be")
     numbers = [external.get("offset", "0"), external.get("length", str(size))]

@@ -132,6 +132,8 @@ def _onnx(folder: Path) -> dict[str, Any]:
     facts |= {name.removeprefix("llmcli."): value for name, value in header.metadata.items()}
     facts["context"] = int(header.metadata.get("llmcli.context", 0)) or None
     facts["nodes"], facts["operators"] = sum(header.operators.values()), header.operators
+    if (folder / artefacts.PREFILL).is_file():  # a second graph reads prompts
+        facts["prefill_operators"] = read_onnx(folder / artefacts.PREFILL).operators
     facts["size_bytes"] = sum(path.stat().st_size for path in artefacts.onnx_paths(folder))
     if (folder / "export.json").is_file():
         report = artefacts.read_json(folder / "export.json")

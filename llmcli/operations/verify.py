@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -189,29 +189,53 @@ def _embedding_problems(folder: Path, rows: int) -> Iterator[str]:
 def _onnx(folder: Path, values: bool) -> Iterator[str]:
     yield from _manifest(folder)
     graphs = [path for path in artefacts.onnx_paths(folder) if path.suffix == ".onnx"]
+    if folder / artefacts.GRAPH not in graphs:
+        yield f"{artefacts.GRAPH}: missing"
     problems = [problem for path in graphs for problem in _errors(partial(read_onnx, path), folder)]
     yield from problems
     if not problems and values:
         for path in graphs:
             yield from _constant_problems(path)
-    config = read_config(artefacts.read_json(folder / "config.json"), str(folder / "config.json"))
-    yield from _special_ids(folder, config.vocab_size)
+    yield from _collected(lambda: _onnx_config(folder, [] if problems else graphs), folder)
     for name in ("genai_config.json", "export.json"):
         if name == "export.json" or (folder / name).is_file():
             yield from _errors(partial(artefacts.read_json, folder / name), folder)
 
 
+def _onnx_config(folder: Path, graphs: Sequence[Path]) -> Iterator[str]:
+    """The config against the tokenizer and the graphs, which must be decoders of its shape."""
+    from llmcli.runtime.onnx_session import GraphFacts
+
+    try:
+        config = read_config(artefacts.read_json(folder / "config.json"), str(folder / "config.json"))
+    except LlmcliError:
+        yield from _tokenizer(folder)
+        raise
+    yield from _special_ids(folder, config.vocab_size)
+    for path in graphs:
+        facts = GraphFacts(path)
+        for what, found, wanted in (
+            ("layers", facts.layers, config.num_hidden_layers),
+            ("tokens of context", facts.context, config.max_position_embeddings),
+        ):
+            if found != wanted:
+                yield f"{path.name}: {found} {what}, config.json says {wanted}"
+
+
 def _constant_problems(graph: Path) -> Iterator[str]:
-    """Constants beside the graph that hold NaN or an infinity."""
+    """Constants in the graph or beside it that hold NaN or an infinity."""
     path = graph.with_name(f"{artefacts.GRAPH}.data")
     for tensor in read_onnx(graph).tensors:
         kind = NAMES[tensor.dtype]
-        if tensor.location is None or not kind.startswith("float") or not tensor.length:
+        if not kind.startswith("float") or not tensor.count:
             continue
-        numbers = np.memmap(path, kind, "r", tensor.offset, (tensor.count,))
+        if tensor.inside is not None:
+            name, numbers = graph.name, np.frombuffer(tensor.inside, kind)
+        else:
+            name, numbers = path.name, np.memmap(path, kind, "r", tensor.offset, (tensor.count,))
         bad = sum(int((~np.isfinite(piece)).sum()) for piece in np.array_split(numbers, -(-tensor.count // _PIECE)))
         if bad:
-            yield f"{path.name}: {tensor.name}: {bad} of {tensor.count} values are not finite"
+            yield f"{name}: {tensor.name}: {bad} of {tensor.count} values are not finite"
 
 
 def _as_list(value: Any) -> list[Any]:

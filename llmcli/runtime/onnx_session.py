@@ -18,7 +18,7 @@ import numpy.typing as npt
 from llmcli.data.cores import available_cores
 from llmcli.errors import DataError, UsageError
 from llmcli.files.artefacts import GRAPH, PREFILL
-from llmcli.files.onnx_header import read_onnx
+from llmcli.files.onnx_header import EXPECTED, read_onnx
 from llmcli.runtime.portable_rows import PortableRows
 from llmcli.runtime.session import FLOAT_ERROR, HALF_ERROR, QUANTIZED_ERROR, Ids, Logits, Mask, States
 
@@ -40,12 +40,12 @@ class OnnxSession:
         `fast`: rows whose products share a scale run together: much faster, but a row then depends on its neighbours.
         """
         self._fast = fast
-        facts = _GraphFacts(folder / GRAPH)
+        facts = GraphFacts(folder / GRAPH)
         engine = _opened(folder / GRAPH, threads)
         self._shape = _GraphShape(engine, facts)
         self._engines = _Engines(engine, engine)
         if prefill and (folder / PREFILL).is_file():
-            second = _GraphFacts(folder / PREFILL)
+            second = GraphFacts(folder / PREFILL)
             if (second.layers, second.context) != (facts.layers, facts.context):
                 raise DataError(f"is of another model than {GRAPH}", where=str(folder / PREFILL))
             self._engines = _Engines(engine, _opened(folder / PREFILL, threads))
@@ -204,7 +204,7 @@ def _opened(graph: Path, threads: int | None) -> Any:
         raise DataError(f"cannot be opened: {' '.join(str(error).split())[:300]}", where=str(graph)) from error
 
 
-class _GraphFacts:
+class GraphFacts:
     """What the graph's file says, checked before the library sees it."""
 
     def __init__(self, graph: Path) -> None:
@@ -219,8 +219,7 @@ class _GraphFacts:
         if missing or odd or not self.layers:
             told = f"lacks {', '.join(missing[:4])}" if missing else f"asks for {', '.join(odd[:4])}"
             raise DataError(
-                f"is not a decoder as llmcli exports it: it {told}; expected are input_ids, attention_mask, "
-                "past_key_values.N.key|value and num_logits_to_keep (optional) to logits and present.N.key|value",
+                f"is not a decoder as llmcli exports it: it {told}; expected are {EXPECTED}",
                 where=str(graph),
             )
         context = header.metadata[CONTEXT]
@@ -237,7 +236,7 @@ class _GraphFacts:
 class _GraphShape:
     """The sizes of the graph's cache and logits."""
 
-    def __init__(self, engine: Any, facts: _GraphFacts) -> None:
+    def __init__(self, engine: Any, facts: GraphFacts) -> None:
         cache = next(item for item in engine.get_inputs() if item.name == "past_key_values.0.key")
         logits = next(item for item in engine.get_outputs() if item.name == "logits")
         self.layers, self.context, self.independent = facts.layers, facts.context, facts.independent
