@@ -59,7 +59,7 @@ STAGED = {
     "onnx/external.py:ExternalData.__init__": "the large tensors, into the staged folder it is given",
     "onnx/folder.py:_write": "the graph, into the staged folder it is given",
     "operations/run_folder.py:RunFolder.save": "a checkpoint's files, into the staged folder it is given",
-    "operations/run_folder.py:RunFolder.save_result": "the tokenizer beside the model, into its staged folder",
+    "operations/run_folder.py:WholeModel.write": "the tokenizer beside the model, into the staged folder it is given",
 }
 
 

@@ -30,7 +30,8 @@ from llmcli.files import atomic
 from llmcli.files.manifest import manifest_problems, read_manifest
 from llmcli.models.folder import load_model
 from llmcli.operations.inspect import describe
-from llmcli.operations.pretrain import Started, plan_pretraining, pretrain
+from llmcli.operations.pretrain import plan_pretraining, pretrain
+from llmcli.operations.training_run import Started
 from llmcli.operations.verify import verify
 from llmcli.training.batches import TokenWindows
 from llmcli.training.loop import TrainingEvent

@@ -29,7 +29,7 @@ from llmcli.models.presets import PRESETS, count_parameters, preset_table
 from llmcli.operations.pretrain_settings import settle
 from llmcli.training import machine
 from llmcli.training.batches import TokenWindows, prefetched, validation_windows
-from llmcli.training.loop import Loop, LoopSettings, NotFiniteError, TrainingEvent, TrainingState
+from llmcli.training.loop import Loop, LoopSettings, NotFiniteError, TrainingEvent, TrainingState, Validation
 from llmcli.training.losses import IGNORED, head_loss, summed_loss
 from llmcli.training.optimizer import BETAS, EPS, Muon, Optimizer, is_matrix, orthogonalize
 from llmcli.training.plan import compile_pays
@@ -442,7 +442,7 @@ class Course:
             batches=self.batches,
             loss=self.loss,
             count_targets=lambda targets: int((targets != IGNORED).sum()),
-            validate=lambda: self.losses(),
+            validate=lambda: None if (found := self.losses()) is None else Validation(*found),
             stopping=stopping or (lambda: self.stopped),
         ).run()
 

@@ -19,8 +19,8 @@ from llmcli.cli.options import is_json, is_quiet
 from llmcli.cli.streams import notice
 
 if TYPE_CHECKING:
-    from llmcli.operations.pretrain import Started
     from llmcli.operations.records import Progress
+    from llmcli.operations.training_run import Started
     from llmcli.training.loop import TrainingEvent
 
 _INTERVAL = 5.0  # seconds between plain lines

@@ -158,9 +158,9 @@ def run_and_show(
     given: Collection[str] | None = None,
 ) -> TrainingEvent:
     """Pretrains and shows it; returns the last event. Raises StoppedError when a signal ended it, the work saved."""
-    from llmcli.operations.pretrain import Started
     from llmcli.operations.pretrain import pretrain as operation
     from llmcli.operations.records import Progress
+    from llmcli.operations.training_run import Started
     from llmcli.training.loop import TrainingEvent
 
     last: TrainingEvent | None = None

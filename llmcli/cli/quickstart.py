@@ -35,8 +35,8 @@ def quickstart(inputs: tuple[str, ...], output: str, seconds: float, seed: int, 
     """
     from llmcli.cli.display import progress, training
     from llmcli.operations import quickstart as operation
-    from llmcli.operations.pretrain import Started
     from llmcli.operations.records import Progress
+    from llmcli.operations.training_run import Started
     from llmcli.training.loop import TrainingEvent
 
     stages: list[StageDone] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -102,16 +102,18 @@ def save_model(
     *,
     special_ids: Mapping[str, int | None],
     tensors: Mapping[str, torch.Tensor] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes config.json, model.safetensors and generation_config.json into a staged folder.
 
     `special_ids`: bos_token_id, eos_token_id, pad_token_id. `tensors`: the weights to write instead of the model's own.
+    `facts`: further keys of config.json, which beat the model's.
     """
     weights = dict(tensors if tensors is not None else model.state_dict())
     kinds = {tensor.dtype for tensor in weights.values()}
     dtype = str(kinds.pop()).removeprefix("torch.") if len(kinds) == 1 else "float32"
     save_weights(weights, folder)
-    content = write_config(model.config, special_ids, dtype)
+    content = write_config(model.config, special_ids, dtype) | dict(facts or {})
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     generation = {"_from_model_config": True, **{key: value for key, value in special_ids.items() if value is not None}}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", "utf-8")

@@ -22,43 +22,23 @@ from llmcli.config import CorpusConfig, PretrainConfig, TextConfig, TokenizerCon
 from llmcli.data.corpus import Corpus, open_corpus
 from llmcli.data.formats import find_inputs
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
-from llmcli.errors import DataError, LlmcliError, UsageError
-from llmcli.files.artefacts import METRICS, RESULT, RUN_CONFIG, is_model
-from llmcli.files.checkpoints import keep_newest, latest_checkpoint
-from llmcli.files.journal import Journal
+from llmcli.errors import DataError, UsageError
 from llmcli.files.manifest import manifest_problems, versions
-from llmcli.models.config import DecoderConfig
 from llmcli.models.decoder import Decoder
-from llmcli.operations import run_folder
+from llmcli.operations import run_folder, training_run
 from llmcli.operations.prepare import prepare
 from llmcli.operations.pretrain_settings import Settled, settle, vocabulary_of
 from llmcli.operations.records import Progress
 from llmcli.operations.tokenizer import train_tokenizer
+from llmcli.operations.training_run import Started
 from llmcli.training.batches import TokenWindows, prefetched, validation_windows
-from llmcli.training.loop import Loop, LoopSettings, NotFiniteError, TrainingEvent, TrainingState
+from llmcli.training.loop import Loop, LoopSettings, TrainingEvent, TrainingState, Validation
 from llmcli.training.losses import head_loss, piece_loss, summed_loss
-from llmcli.training.machine import (
-    Machine,
-    prepare_machine,
-)
+from llmcli.training.machine import prepare_machine
 from llmcli.training.optimizer import Optimizer
-from llmcli.training.plan import Plan
 from llmcli.training.schedule import Budget
 
 _BYTES_PER_TOKEN = 3.5  # a guess, for a plan of text that has no tokenizer yet
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Started:
-    """What a run begins with: its plan, its machine, the step that it goes on from."""
-
-    run: str
-    plan: Plan
-    machine: Machine
-    model: DecoderConfig
-    settings: PretrainConfig
-    resumed_from: int | None
-    notices: tuple[str, ...] = ()
 
 
 def pretrain(
@@ -92,21 +72,16 @@ def pretrain(
     run_folder.refuse_taken(place, resume=again, overwrite=overwrite)
     if not (again and (place / "corpus").is_dir()):
         _refuse_own(inputs, config, place)  # what is wrong with DATA is said before anything is touched
-    begin: Callable[[], None] | None = None
-    with run_folder.claimed(place, resume=again, overwrite=overwrite), contextlib.ExitStack() as stack:
-        if again and (place / RUN_CONFIG).is_file():
-            data_then, stored, text_then = run_folder.read_settings(place)
-            if [os.path.normpath(item) for item in data_then] != [os.path.normpath(item) for item in inputs]:
-                raise UsageError(f"was begun on {' '.join(data_then)}, not on {' '.join(inputs)}", where=str(place))
-            config = run_folder.merged_settings(stored, config, given)
-            text = run_folder.merged_settings(text_then, text, given)
-        else:
-            begin = stack.enter_context(run_folder.begun(place))
-            run_folder.write_settings(place, inputs, config, text)
-        records = _in_folder(inputs, place, config, text, resume, stopping)
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(
+            training_run.opened(
+                place, "pretrain", {"data": inputs}, [config, text], resume=again, overwrite=overwrite, given=given
+            )
+        )
+        records = _in_folder(inputs, opened, resume, stopping)
         for record in stack.enter_context(contextlib.closing(records)):
-            if isinstance(record, Started) and begin is not None:
-                begin()
+            if isinstance(record, Started):
+                opened.started()
             yield record
 
 
@@ -200,12 +175,11 @@ def _corpus(
 
 def _in_folder(
     inputs: Sequence[str],
-    place: Path,
-    config: PretrainConfig,
-    text: TextConfig,
+    opened: training_run.Opened,
     resume: str | None,
     stopping: Callable[[], bool],
 ) -> Generator[Progress | Started | TrainingEvent, None, None]:
+    place, (config, text) = opened.place, opened.settings
     corpus: Corpus | None = None
     for record in _corpus(inputs, place, config, text):
         if isinstance(record, Corpus):
@@ -220,13 +194,12 @@ def _in_folder(
     if tokenizer.hash != corpus.tokenizer_hash:
         raise DataError("holds another tokenizer than the one that made it", where=str(corpus.path))
     lineage = {"corpus": corpus.hash, "tokenizer": tokenizer.hash, "parent": None, "seed": config.seed, **versions()}
-    folder = run_folder.RunFolder(place, tokenizer, lineage)
-
     run_folder.check_space(place, 2 * settled.plan.checkpoint_bytes)
     device = torch.device(machine.device)
     model = Decoder(settled.shape).init_weights(torch.Generator().manual_seed(config.seed)).to(device)
     model.compute_dtype = machine.dtype
     optimizer = Optimizer(model, kind=config.optimizer, weight_decay=config.weight_decay, dtype=machine.dtype)
+    folder = run_folder.RunFolder(place, run_folder.WholeModel(model, tokenizer), lineage)
     windows = TokenWindows(
         corpus.train(),
         context=settled.shape.max_position_embeddings,
@@ -235,44 +208,14 @@ def _in_folder(
         vocab_size=corpus.vocab_size,
     )
 
-    state, checkpoint, notices = TrainingState(), None, list[str]()
-    if resume is not None:
-        checkpoint, damaged = run_folder.find_checkpoint(place, resume)
-        notices += [f"passed over: {line}" for line in damaged]
-        if checkpoint is not None:
-            run_folder.refuse_other_corpus(checkpoint, corpus.hash)
-            state = run_folder.restore(checkpoint, model, optimizer)
-            run_folder.forget_beyond(place, state.step)
-    run_folder.write_settings(place, inputs, config, text)
-    resumed = state.step if checkpoint is not None else None
+    state, resumed, notices = training_run.gone_on(folder, resume, optimizer, machine.device, ["corpus"])
+    opened.write(config, text)
     yield Started(str(place), settled.plan, machine, settled.shape, config, resumed, tuple(notices))
 
     loop = _loop(model, optimizer, config, settled, state, windows, corpus, tokenizer, stopping)
-    facts = dataclasses.asdict(machine)
-    with Journal(place / METRICS, keep=lambda record: run_folder.is_kept(record, state)) as metrics:
-        try:
-            for event in loop.run():
-                metrics.write(dataclasses.asdict(event))
-                if event.event == "validation" and event.best:
-                    folder.save_result(model, state)
-                elif event.event == "checkpoint":
-                    metrics.sync()
-                    folder.save(model, optimizer, state, facts)
-                    keep_newest(place, config.save_total_limit)
-                elif event.event == "end" and state.step and (not corpus.val_tokens or not is_model(place / RESULT)):
-                    folder.save_result(model, state)  # nothing to choose by: the last is the result
-                yield event
-        except NotFiniteError as error:
-            metrics.write(dataclasses.asdict(loop.ended(error.kind)))
-            raise _with_last_good(error, place) from error
-
-
-def _with_last_good(error: NotFiniteError, place: Path) -> LlmcliError:
-    last, _ = latest_checkpoint(place)
-    kept = f"the last good checkpoint is {last}" if last else "there was no checkpoint yet"
-    raised = LlmcliError(f"{error.message}; {kept}", where=str(place))
-    raised.kind = error.kind
-    return raised
+    yield from training_run.trained(
+        loop, folder, machine=machine, limit=config.save_total_limit, validated=bool(corpus.val_tokens)
+    )
 
 
 def _loop(
@@ -326,14 +269,14 @@ def _validation(
     tokenizer: TextTokenizer,
     config: PretrainConfig,
     stopping: Callable[[], bool],
-) -> Callable[[], tuple[float, float] | None]:
+) -> Callable[[], Validation | None]:
     """Loss in nats per token and in bits per byte of the held-out text; None without any, or when asked to stop."""
     sizes = np.array([len(tokenizer.token_bytes(index)) for index in range(corpus.vocab_size)], np.int64)
     sizes[[index for index in (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) if index is not None]] = 0
     shards = [shard for shard in corpus.val() if len(shard) > 1]
     context, device = model.config.max_position_embeddings, model.embedding.device
 
-    def validate() -> tuple[float, float] | None:
+    def validate() -> Validation | None:
         nats, tokens, size = 0.0, 0, 0
         batch = max(1, 16_384 // context)
         windows = validation_windows(
@@ -351,6 +294,6 @@ def _validation(
                 nats += summed_loss(model.hidden(inputs.to(device)), model.head, targets.to(device))
                 tokens += targets.numel()
                 size += int(sizes[targets.numpy()].sum())
-        return (nats / tokens, nats / math.log(2) / max(size, 1)) if tokens else None
+        return Validation(nats / tokens, nats / math.log(2) / max(size, 1)) if tokens else None
 
     return validate

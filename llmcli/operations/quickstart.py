@@ -31,9 +31,10 @@ from llmcli.operations.export import ExportReport, export
 from llmcli.operations.generate import Generated, generate
 from llmcli.operations.plot import draw, read_curves
 from llmcli.operations.prepare import PrepareReport, prepare
-from llmcli.operations.pretrain import Started, pretrain
+from llmcli.operations.pretrain import pretrain
 from llmcli.operations.records import Progress
 from llmcli.operations.tokenizer import TrainReport, train_tokenizer
+from llmcli.operations.training_run import Started
 from llmcli.training.loop import TrainingEvent
 
 PROMPT = "The "

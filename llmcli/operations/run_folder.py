@@ -12,10 +12,9 @@ import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from llmcli import config as configs
-from llmcli.config import PretrainConfig, TextConfig
 from llmcli.data.tokenizer import TextTokenizer
 from llmcli.errors import DataError, LlmcliError, UsageError
 from llmcli.files.artefacts import CHECKPOINTS, METRICS, RESULT, RUN_CONFIG, checkpoints_of, read_json
@@ -43,30 +42,41 @@ MAY_CHANGE = frozenset(
     (*LENGTH, *("eval_every", "eval_tokens", "patience", "save_every", "save_total_limit", "threads", "device"))
 )
 _CONTENTS = (RUN_CONFIG, METRICS, "loss.svg", CHECKPOINTS, RESULT, "tokenizer", "corpus")
-C = TypeVar("C", PretrainConfig, TextConfig)
+C = TypeVar("C")
 
 
-def write_settings(run: Path, data: Sequence[str], config: PretrainConfig, text: TextConfig) -> None:
-    """Writes `config.toml`: DATA and all settings. `llmcli pretrain -c` reads it, and makes the same run again."""
-    values = {"data": data, **dataclasses.asdict(config), **dataclasses.asdict(text)}
+def write_settings(run: Path, command: str, head: Mapping[str, Any], settings: Sequence[Any]) -> None:
+    """Writes `config.toml`: what the run is of (`head`: DATA and its like) and all settings, dataclass by dataclass.
+
+    `llmcli COMMAND -c` reads it, and makes the same run again.
+    """
+    values = dict(head)
+    for each in settings:
+        values |= dataclasses.asdict(each)
     write_file(
-        run / RUN_CONFIG, "# Settings of this run, resolved; made by llmcli pretrain.\n" + configs.to_toml(values)
+        run / RUN_CONFIG, f"# Settings of this run, resolved; made by llmcli {command}.\n" + configs.to_toml(values)
     )
 
 
-def read_settings(run: Path) -> tuple[list[str], PretrainConfig, TextConfig]:
-    """What `write_settings` wrote: DATA, the settings, how text is read."""
+def read_settings(run: Path, head: Mapping[str, Any], kinds: Sequence[type]) -> tuple[dict[str, Any], list[Any]]:
+    """What `write_settings` wrote: what the run is of, with the keys of `head`; the settings of each kind.
+
+    Raises DataError where a part of the head is missing or of another type than in `head`.
+    """
     values = configs.read_toml(run / RUN_CONFIG)
     where = str(run / RUN_CONFIG)
-    data = values.pop("data", None)
-    if not isinstance(data, list) or not all(isinstance(item, str) for item in data):
-        raise DataError("does not say the DATA that the run was begun on", where=where)
-    text = {field.name: values.pop(field.name) for field in dataclasses.fields(TextConfig) if field.name in values}
-    return (
-        data,
-        configs.from_mapping(PretrainConfig, values, where=where),
-        configs.from_mapping(TextConfig, text, where=where),
-    )
+    then = {}
+    for name, now in head.items():
+        then[name] = values.pop(name, None)
+        sound = isinstance(then[name], type(now)) and all(isinstance(item, str) for item in then[name])
+        if not sound:
+            raise DataError(f"does not say the {name.upper()} that the run was begun on", where=where)
+    found: list[Any] = []
+    for kind in kinds[1:]:
+        names = [field.name for field in dataclasses.fields(kind)]
+        own = {name: values.pop(name) for name in names if name in values}
+        found.append(configs.from_mapping(kind, own, where=where))
+    return then, [configs.from_mapping(kinds[0], values, where=where), *found]
 
 
 def merged_settings(stored: C, given: C, names: Collection[str] | None = None) -> C:
@@ -77,21 +87,19 @@ def merged_settings(stored: C, given: C, names: Collection[str] | None = None) -
     Raises UsageError for a setting that differs and may not.
     """
     default, changed = type(given)(), {}
+    fields = [field.name for field in dataclasses.fields(given)]  # type: ignore[arg-type]
     if names is None:
-        fields = [field.name for field in dataclasses.fields(given)]
         names = [name for name in fields if getattr(given, name) != getattr(default, name)]
-    for field in dataclasses.fields(given):
-        new, old = getattr(given, field.name), getattr(stored, field.name)
-        if field.name not in names or new == old or new in (None, "auto"):
+    for name in fields:
+        new, old = getattr(given, name), getattr(stored, name)
+        if name not in names or new == old or new in (None, "auto"):
             continue
-        if field.name not in MAY_CHANGE:
-            raise UsageError(
-                f"the run was begun with {old!r}, which a resumed run keeps; asked: {new!r}", where=field.name
-            )
-        changed[field.name] = new
+        if name not in MAY_CHANGE:
+            raise UsageError(f"the run was begun with {old!r}, which a resumed run keeps; asked: {new!r}", where=name)
+        changed[name] = new
     if not changed.keys().isdisjoint(LENGTH):
-        changed = {name: None for name in LENGTH if name not in names} | changed
-    return dataclasses.replace(stored, **changed)
+        changed = {name: None for name in LENGTH if name not in names and name in fields} | changed
+    return dataclasses.replace(stored, **changed)  # type: ignore[type-var]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -153,56 +161,80 @@ def refuse_own(run: Path, paths: Sequence[str]) -> None:
             raise UsageError("is to be read and lies in the run's own folder; put one of them elsewhere", where=path)
 
 
-@dataclasses.dataclass
-class RunFolder:
-    """Where a run of a model is kept, and everything that its checkpoints need beside the model."""
+class Kept(Protocol):
+    """What a run keeps of its model: written into a staged folder, read back from a checkpoint."""
 
-    path: Path
+    def write(self, folder: Path, *, result: bool = False) -> None:
+        """Writes it; `result`: for use, and not to go on from."""
+
+    def read(self, folder: Path) -> None:
+        """Takes on what `write` wrote. Raises DataError when it does not fit."""
+
+
+@dataclasses.dataclass
+class WholeModel:
+    """All weights of a model, with the tokenizer. `facts`: further keys of config.json."""
+
+    model: Decoder
     tokenizer: TextTokenizer
-    lineage: Mapping[str, Any]
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def special_ids(self) -> dict[str, int | None]:
         """For config.json."""
-        tokenizer = self.tokenizer
-        return {
-            "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": tokenizer.eos_id,
-            "pad_token_id": tokenizer.pad_id,
-        }
+        return special_ids(self.tokenizer)
 
-    def save(self, model: Decoder, optimizer: Optimizer, state: TrainingState, machine: Mapping[str, Any]) -> Path:
+    def write(self, folder: Path, *, result: bool = False) -> None:
+        """The model's folder."""
+        save_model(self.model, folder, special_ids=self.special_ids, facts=self.facts)
+        self.tokenizer.save(folder)
+
+    def read(self, folder: Path) -> None:
+        """The weights alone: the tokenizer is the run's."""
+        try:
+            self.model.load_state_dict(load_weights(folder, str(self.model.embedding.device)))
+        except RuntimeError as error:
+            raise DataError("the checkpoint's weights do not fit the run's settings", where=str(folder)) from error
+
+
+def special_ids(tokenizer: TextTokenizer) -> dict[str, int | None]:
+    """The ids of a tokenizer's special tokens by the names of config.json."""
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+
+
+@dataclasses.dataclass
+class RunFolder:
+    """Where a run of a model is kept, and everything that its checkpoints need beside the optimizer."""
+
+    path: Path
+    kept: Kept
+    lineage: Mapping[str, Any]
+
+    def save(self, optimizer: Optimizer, state: TrainingState, machine: Mapping[str, Any]) -> Path:
         """Writes a checkpoint: model, tokenizer, optimizer, state, manifest."""
 
         def write(folder: Path) -> None:
-            save_model(model, folder, special_ids=self.special_ids)
-            self.tokenizer.save(folder)
+            self.kept.write(folder)
             save_tensors(optimizer.state(), folder / OPTIMIZER)
             content = {**state.to_json(), "machine": dict(machine)}
             (folder / STATE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
         return save_checkpoint(self.path, state.step, write, self.lineage)
 
-    def save_result(self, model: Decoder, state: TrainingState) -> None:
+    def save_result(self, state: TrainingState) -> None:
         """Writes `model/`: the weights as they are, with lineage and step."""
         with staged_folder(self.path / RESULT, overwrite=True) as folder:
-            save_model(model, folder, special_ids=self.special_ids)
-            self.tokenizer.save(folder)
+            self.kept.write(folder, result=True)
             write_manifest(folder, {**self.lineage, "step": state.step})
 
-
-def restore(checkpoint: Path, model: Decoder, optimizer: Optimizer) -> TrainingState:
-    """Loads a checkpoint into model and optimizer; returns the state. Raises DataError when it does not fit."""
-    device = str(model.embedding.device)
-    try:
-        model.load_state_dict(load_weights(checkpoint, device))
-    except RuntimeError as error:
-        raise DataError("the checkpoint's weights do not fit the run's settings", where=str(checkpoint)) from error
-    optimizer.load_state(load_tensors(checkpoint / OPTIMIZER, device))
-    try:
-        return TrainingState.from_json(read_json(checkpoint / STATE))
-    except (TypeError, ValueError) as error:
-        raise DataError("is not a training state", where=str(checkpoint / STATE)) from error
+    def restore(self, checkpoint: Path, optimizer: Optimizer, device: str) -> TrainingState:
+        """Loads a checkpoint into model and optimizer; returns the state. Raises DataError when it does not fit."""
+        self.kept.read(checkpoint)
+        optimizer.load_state(load_tensors(checkpoint / OPTIMIZER, device))
+        try:
+            return TrainingState.from_json(read_json(checkpoint / STATE))
+        except (TypeError, ValueError) as error:
+            raise DataError("is not a training state", where=str(checkpoint / STATE)) from error
 
 
 def find_checkpoint(run: Path, resume: str) -> tuple[Path | None, list[str]]:
@@ -231,14 +263,16 @@ def forget_beyond(run: Path, step: int) -> None:
             remove_folder(place)
 
 
-def refuse_other_corpus(checkpoint: Path, corpus: str) -> None:
-    """Raises DataError when a checkpoint was not trained on the corpus of this hash."""
-    known = read_manifest(checkpoint)["lineage"].get("corpus")
-    if known != corpus:
-        raise DataError(
-            f"was trained on another corpus ({str(known)[:12]}) than the one that is here now ({corpus[:12]})",
-            where=str(checkpoint),
-        )
+def refuse_other(checkpoint: Path, lineage: Mapping[str, Any], names: Sequence[str] = ("corpus",)) -> None:
+    """Raises DataError when a checkpoint descends from another corpus, or whatever is named, than the run does."""
+    known = read_manifest(checkpoint)["lineage"]
+    for name in names:
+        if known.get(name) != lineage[name]:
+            raise DataError(
+                f"was trained on another {name} ({str(known.get(name))[:12]}) than the one that is here now "
+                f"({str(lineage[name])[:12]})",
+                where=str(checkpoint),
+            )
 
 
 def is_kept(record: Mapping[str, Any], state: TrainingState) -> bool:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,15 @@ from llmcli.errors import LlmcliError
 from llmcli.training.optimizer import Optimizer
 from llmcli.training.schedule import Budget, multiplier
 
-Batch = tuple[Tensor, Tensor]  # inputs, targets
+Batch = tuple[Any, Tensor]  # inputs, as the loss takes them; targets
+
+
+class Validation(NamedTuple):
+    """What a validation found."""
+
+    loss: float  # nats a target: the least is the best
+    bits_per_byte: float | None = None
+    figures: Mapping[str, float] | None = None  # a task's own: accuracy, ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,8 +37,8 @@ class TrainingEvent:
 
     event: str
     step: int  # steps done
-    tokens: int  # target tokens trained on, over all steps
-    loss: float | None = None  # nats per token
+    tokens: int  # tokens trained on, over all steps
+    loss: float | None = None  # nats per target
     bits_per_byte: float | None = None
     learning_rate: float | None = None
     gradient_norm: float | None = None
@@ -39,6 +47,7 @@ class TrainingEvent:
     total_steps: int | None = None
     progress: float = 0.0  # of the budget, 0 to 1
     best: bool = False  # of a validation: the best so far
+    figures: Mapping[str, float] | None = None  # of a validation: what the task measures beside the loss
     reason: str | None = None  # of the end: "steps", "seconds", "patience", "stopped"; in the metrics "not-finite" too
 
 
@@ -92,10 +101,11 @@ class Loop:
     settings: LoopSettings
     state: TrainingState
     batches: Callable[[int], Iterator[Batch]]
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor]  # inputs, targets, scale -> sum of nats times scale
+    loss: Callable[[Any, Tensor, Tensor], Tensor]  # inputs, targets, scale -> sum of nats times scale
     count_targets: Callable[[Tensor], int]
-    validate: Callable[[], tuple[float, float] | None]  # nats per token, bits per byte; None: nothing to validate on
+    validate: Callable[[], Validation | None]  # None: nothing to validate on
     stopping: Callable[[], bool]  # whether a signal asked for the end
+    count_tokens: Callable[[Any], int] | None = None  # that the inputs hold; None: as many as targets
     reduce: Callable[[nn.Module], None] = lambda _model: None  # the one place where ranks would exchange gradients
 
     def run(self) -> Iterator[TrainingEvent]:
@@ -136,7 +146,9 @@ class Loop:
 
     def _check_weights(self) -> None:
         """Raises NotFiniteError where a step has ruined the weights, which no loss has shown yet."""
-        norms = torch._foreach_norm([parameter.detach() for parameter in self.model.parameters()])
+        norms = torch._foreach_norm(
+            [parameter.detach() for parameter in self.model.parameters() if parameter.requires_grad]
+        )
         if not bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
             raise NotFiniteError("norm of the weights", self.state.step)
 
@@ -148,6 +160,7 @@ class Loop:
         )
         parts = [next(coming) for _ in range(settings.grad_accumulation)]
         targets = sum(self.count_targets(batch[1]) for batch in parts)
+        tokens = targets if self.count_tokens is None else sum(self.count_tokens(batch[0]) for batch in parts)
         scale = torch.tensor(1.0 / max(targets, 1), device=device)
         total = torch.zeros((), device=device)
         for inputs, wanted in parts:
@@ -162,7 +175,7 @@ class Loop:
             raise NotFiniteError(what, state.step + 1)
         self.optimizer.step(settings.matrix_rate * rate, settings.rest_rate * rate)
         state.step += 1
-        state.tokens += targets
+        state.tokens += tokens
         now = time.perf_counter()
         state.elapsed_seconds = now - began
         return self._event(
@@ -170,7 +183,7 @@ class Loop:
             loss=loss_value,
             learning_rate=settings.matrix_rate * rate,
             gradient_norm=norm_value,
-            tokens_per_second=targets / (now - started),
+            tokens_per_second=tokens / (now - started),
         )
 
     def _validation(self, began: float) -> TrainingEvent | None:
@@ -180,7 +193,7 @@ class Loop:
         if found is None:
             return None
         state.validated_step = state.step
-        loss, bits = found
+        loss, bits, figures = found
         if not math.isfinite(loss):
             raise NotFiniteError("validation loss", state.step)
         better = loss < state.best_loss
@@ -188,7 +201,7 @@ class Loop:
             state.best_loss, state.best_step, state.bad_validations = loss, state.step, 0
         else:
             state.bad_validations += 1
-        return self._event("validation", loss=loss, bits_per_byte=bits, best=better)
+        return self._event("validation", loss=loss, bits_per_byte=bits, best=better, figures=figures)
 
     def ended(self, reason: str) -> TrainingEvent:
         """The last record: where the run stands and why it goes no further."""

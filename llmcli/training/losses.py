@@ -40,14 +40,15 @@ class _HeadLoss(torch.autograd.Function):
         weight = head.to(hidden.dtype)
         step = max(16, min(hidden.size(0), _CHUNK_BYTES // (4 * head.size(0))))
         of_hidden = torch.empty_like(hidden)
-        of_head = torch.zeros_like(head)
+        of_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None  # a frozen head needs none
         loss = torch.zeros((), device=hidden.device)
         for start in range(0, hidden.size(0), step):
             part = hidden[start : start + step]
             added, gradient = piece(part @ weight.t(), targets[start : start + step], scale)
             loss += added
             of_hidden[start : start + step] = gradient @ weight
-            of_head += gradient.t() @ part
+            if of_head is not None:
+                of_head += gradient.t() @ part
         ctx.save_for_backward(of_hidden, of_head)
         return loss
 
@@ -55,7 +56,8 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         of_hidden, of_head = ctx.saved_tensors
         (gradient,) = gradients
-        return of_hidden * gradient.to(of_hidden.dtype), of_head * gradient.to(of_head.dtype), None, None, None
+        of_head = None if of_head is None else of_head * gradient.to(of_head.dtype)
+        return of_hidden * gradient.to(of_hidden.dtype), of_head, None, None, None
 
 
 def head_loss(

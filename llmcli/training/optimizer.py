@@ -95,7 +95,7 @@ class Optimizer:
     """Both halves behind one step; learning rates are given at each step, so a schedule needs no hook."""
 
     def __init__(self, model: nn.Module, *, kind: str, weight_decay: float, dtype: torch.dtype) -> None:
-        named = dict(model.named_parameters())
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         matrices = {name: p for name, p in named.items() if kind == "muon" and is_matrix(name, p)}
         self.rest = {name: p for name, p in named.items() if name not in matrices}
         self.muon = Muon(matrices, weight_decay=weight_decay, dtype=dtype)

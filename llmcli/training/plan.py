@@ -52,14 +52,21 @@ def make_plan(
     corpus_tokens: int,
     device: str,
     precision: str,
+    length: int | None = None,
+    trained: int | None = None,
 ) -> Plan:
-    """The plan. `rows` are those of a whole step; `matrix_parameters` those that Muon takes (one buffer, not two)."""
-    context, size = config.max_position_embeddings, config.hidden_size
+    """The plan. `rows` are those of a whole step; `matrix_parameters` those that Muon takes (one buffer, not two).
+
+    `length`: tokens of a row (None: the context). `trained`: parameters that change (None: all); the others are held
+    in the activations' precision and get no gradient, which saves a third of their products.
+    """
+    context, size = length or config.max_position_embeddings, config.hidden_size
+    trained = parameters if trained is None else trained
     embedding = config.vocab_size * size * (1 if config.tie_word_embeddings else 2)
     tokens = rows * context
     width = 2 if precision == "bfloat16" else 4
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
-    flops = (6.0 * parameters + attention) * tokens
+    flops = (6.0 * trained + 4.0 * (parameters - trained) + attention) * tokens
     micro_tokens = tokens // grad_accumulation
     kept = (10 * size + 3 * config.intermediate_size) * width + config.num_attention_heads * context * width
     rate = _RATES.get(device, _RATES["cpu"])[precision]
@@ -71,13 +78,13 @@ def make_plan(
         tokens_per_step=tokens,
         train_tokens=steps * tokens if steps else None,
         epochs=steps * tokens / corpus_tokens if steps and corpus_tokens else None,
-        weight_bytes=4 * parameters,
-        gradient_bytes=4 * parameters,
-        optimizer_bytes=4 * matrix_parameters + 8 * (parameters - matrix_parameters),
+        weight_bytes=4 * trained + width * (parameters - trained),
+        gradient_bytes=4 * trained,
+        optimizer_bytes=4 * matrix_parameters + 8 * (trained - matrix_parameters),
         activation_bytes=micro_tokens * config.num_hidden_layers * kept + micro_tokens * size * 8,
         flops_per_step=flops,
         estimated_seconds=min(estimated, seconds) if estimated and seconds else estimated,
-        checkpoint_bytes=8 * parameters + 4 * matrix_parameters + 8 * (parameters - matrix_parameters),
+        checkpoint_bytes=8 * trained + 4 * matrix_parameters + 8 * (trained - matrix_parameters),
     )
 
 
