@@ -11,6 +11,7 @@ window (Mistral, arXiv:2310.06825).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -21,6 +22,15 @@ from torch import Tensor, nn
 from llmcli.models.cache import KeyValueCache, causal_window
 from llmcli.models.config import DecoderConfig
 from llmcli.models.ops import Conv1D, LayerNorm, Linear, RMSNorm, apply_rope, attend, joined, swiglu
+from llmcli.models.segments import Segments, attend_apart
+
+Mask = Tensor | Segments | None  # None: causal
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:  # (B, H, T, D) -> (B, T, H D)
+    apart = isinstance(mask, Segments)
+    found = attend_apart(query, key, value, mask) if apart else attend(query, key, value, mask)  # type: ignore[arg-type]
+    return found.transpose(1, 2).flatten(2)
 
 
 def rope_frequencies(config: DecoderConfig) -> Tensor:
@@ -34,6 +44,15 @@ def rope_frequencies(config: DecoderConfig) -> Tensor:
     turns = rule["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * ((1 - smooth) / rule["factor"] + smooth)
+
+
+def _placed(ids: Tensor, cache: KeyValueCache | None, segments: Segments | None) -> tuple[Tensor, Mask]:
+    """Positions (B or 1, T) of the new tokens and what they attend to."""
+    if segments is not None:
+        return segments.positions, segments
+    if cache is not None:
+        return cache.begin(ids.size(1))
+    return torch.arange(ids.size(1), device=ids.device)[None], None
 
 
 class Attention(nn.Module):
@@ -52,7 +71,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.qk_norm = config.qk_norm
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None, mask: Mask) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)  # (B, T, H, D)
         parts = self._projected(x)
         query, key, value = parts[0].reshape(heads), parts[1].reshape(heads), parts[2].reshape(heads)
@@ -62,7 +81,7 @@ class Attention(nn.Module):
         query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
         if cache is not None:
             key, value = cache.put(self.layer, key, value)
-        return self.o_proj(attend(query, key, value, mask).transpose(1, 2).flatten(2))
+        return self.o_proj(_attended(query, key, value, mask))
 
     def _projected(self, x: Tensor) -> Sequence[Tensor]:
         if torch.is_grad_enabled():  # one product; to join the weights for a single token would cost more than it saves
@@ -96,7 +115,7 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None, mask: Mask) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -113,12 +132,14 @@ class LlamaModel(nn.Module):
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
         self.sliding_window = config.sliding_window
 
-    def forward(self, ids: Tensor, cache: KeyValueCache | None, dtype: torch.dtype) -> Tensor:  # (B, T) -> (B, T, C)
+    def forward(
+        self, ids: Tensor, cache: KeyValueCache | None, dtype: torch.dtype, segments: Segments | None = None
+    ) -> Tensor:  # (B, T) -> (B, T, C)
         x = self.embed_tokens(ids).to(dtype)
-        positions, mask = (None, None) if cache is None else cache.begin(ids.size(1))
-        if positions is None:
-            positions = torch.arange(ids.size(1), device=ids.device)[None]
-        if mask is None and self.sliding_window is not None and ids.size(1) > self.sliding_window:
+        positions, mask = _placed(ids, cache, segments)
+        if isinstance(mask, Segments):
+            mask = dataclasses.replace(mask, window=self.sliding_window)
+        elif mask is None and self.sliding_window is not None and ids.size(1) > self.sliding_window:
             mask = causal_window(positions, positions[0], self.sliding_window)
         angles = positions[:, None, :, None].float() * self.frequencies  # (B or 1, 1, T, D / 2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -137,12 +158,12 @@ class GPT2Attention(nn.Module):
         self.c_attn = Conv1D(config.hidden_size, 3 * config.hidden_size)
         self.c_proj = Conv1D(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | None, mask: Mask) -> Tensor:
         parts = self.c_attn(x).view(*x.shape[:2], 3, -1, self.head_dim)  # (B, T, 3, H, D)
         query, key, value = (part.transpose(1, 2) for part in parts.unbind(2))
         if cache is not None:
             key, value = cache.put(self.layer, key, value)
-        return self.c_proj(attend(query, key, value, mask).transpose(1, 2).flatten(2))
+        return self.c_proj(_attended(query, key, value, mask))
 
 
 class GPT2MLP(nn.Module):
@@ -167,7 +188,7 @@ class GPT2Layer(nn.Module):
         self.ln_2 = LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = GPT2MLP(config)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | None, mask: Mask) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
@@ -182,10 +203,10 @@ class GPT2Model(nn.Module):
         self.h = nn.ModuleList(GPT2Layer(config, index) for index in range(config.num_hidden_layers))
         self.ln_f = LayerNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, ids: Tensor, cache: KeyValueCache | None, dtype: torch.dtype) -> Tensor:  # (B, T) -> (B, T, C)
-        positions, mask = (None, None) if cache is None else cache.begin(ids.size(1))
-        if positions is None:
-            positions = torch.arange(ids.size(1), device=ids.device)[None]
+    def forward(
+        self, ids: Tensor, cache: KeyValueCache | None, dtype: torch.dtype, segments: Segments | None = None
+    ) -> Tensor:  # (B, T) -> (B, T, C)
+        positions, mask = _placed(ids, cache, segments)
         x = (self.wte(ids) + self.wpe(positions)).to(dtype)
         for layer in self.h:
             x = layer(x, cache, mask)
@@ -222,9 +243,9 @@ class Decoder(nn.Module):
         """The matrix that gives logits from hidden states: (V, C); the embedding itself where they are tied."""
         return self.embedding if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def hidden(self, ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Last hidden states, after the last norm: (B, T) -> (B, T, C)."""
-        states: Tensor = self.body(ids, cache, self.compute_dtype or self.embedding.dtype)
+    def hidden(self, ids: Tensor, cache: KeyValueCache | None = None, segments: Segments | None = None) -> Tensor:
+        """Last hidden states, after the last norm: (B, T) -> (B, T, C). `segments`: one row, (1, N), of many texts."""
+        states: Tensor = self.body(ids, cache, self.compute_dtype or self.embedding.dtype, segments)
         if cache is not None:
             cache.commit(ids.size(1))
         return states
