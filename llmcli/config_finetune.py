@@ -31,3 +31,133 @@ class LabelledConfig:
         group="Reading",
         choices=("strict", "replace"),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """How a model is fine-tuned, whatever the task. None means: decided from the rest, and written to config.toml."""
+
+    epochs: float | None = setting(
+        None, "Stop after so many passes over the data (default: 3).", group="Length", above=0, maximum=1e6
+    )
+    max_steps: int | None = setting(None, "Stop after so many steps.", group="Length", minimum=1, maximum=2**63 - 1)
+    max_seconds: float | None = setting(
+        None, "Stop after so many seconds, validation included.", group="Length", above=0
+    )
+
+    max_length: int | None = setting(
+        None, "Tokens of an example at most (default: the model's context).", group="Data", minimum=2
+    )
+    on_long: str = setting(
+        "error",
+        "Examples that are longer: stop and count them, cut their end off, or leave them out.",
+        group="Data",
+        choices=("error", "cut", "drop"),
+    )
+
+    batch_size: int = setting(16, "Examples of a step.", group="Training", minimum=1, maximum=1 << 20)
+    grad_accumulation: int = setting(1, "Pieces that a step's examples are worked off in.", group="Training", minimum=1)
+    optimizer: str = setting("adamw", "For the matrices of the blocks.", group="Training", choices=("adamw", "muon"))
+    learning_rate: float | None = setting(
+        None,
+        "Peak, for the blocks (default: 1e-4, with --lora 5e-4; muon 2e-3).",
+        group="Training",
+        aliases=("--lr",),
+        above=0,
+        maximum=1e30,
+    )
+    embedding_learning_rate: float | None = setting(
+        None,
+        "Peak, for embedding, head and norms (default: as the blocks; muon: 1e-4).",
+        group="Training",
+        above=0,
+        maximum=1e30,
+    )
+    warmup_steps: int | None = setting(None, "Steps of rising rate (default: 5 %).", group="Training", minimum=0)
+    decay_fraction: float = setting(
+        1.0, "Share of the run, at its end, in which the rate falls to 0.", group="Training", minimum=0, maximum=1
+    )
+    weight_decay: float = setting(0.0, "Decoupled weight decay of the matrices.", group="Training", minimum=0)
+    max_grad_norm: float = setting(
+        1.0, "Gradients are scaled down to this norm; 0: never.", group="Training", minimum=0
+    )
+    seed: int = setting(
+        0, "Of new weights, data order, dropout and the split.", group="Training", minimum=0, maximum=2**63 - 1
+    )
+
+    val_split: float = setting(
+        0.1,
+        "Share of the examples held out, where DATA brings no validation files; 0: none.",
+        group="Validation",
+        minimum=0,
+        maximum=0.9,
+    )
+    validation: str | None = setting(
+        None, "File of examples to validate on, beside those in DATA.", group="Validation", metavar="FILE"
+    )
+    allow_overlap: bool = setting(False, "Take validation examples that are trained on too.", group="Validation")
+    eval_every: int | None = setting(
+        None, "Steps between validations (default: twice an epoch, 20 in all at most).", group="Validation", minimum=1
+    )
+    patience: int = setting(
+        0, "Stop after so many validations without a better one; 0: never.", group="Validation", minimum=0
+    )
+
+    save_every: int | None = setting(
+        None, "Steps between checkpoints (default: as validations).", group="Saving", minimum=1
+    )
+    save_total_limit: int = setting(2, "Checkpoints that are kept; 0: all.", group="Saving", minimum=0)
+
+    device: str = setting("auto", "Where to train.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
+    threads: int | None = setting(
+        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024
+    )
+    precision: str = setting(
+        "auto",
+        "Of the activations; auto: bfloat16 where the hardware has it.",
+        group="Machine",
+        choices=("auto", "float32", "bfloat16"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in place of all weights (arXiv:2106.09685); names as PEFT has them."""
+
+    lora: bool = setting(False, "Train low-rank adapters, and leave the model as it is.", group="LoRA")
+    lora_rank: int = setting(16, "Their rank.", group="LoRA", minimum=1, maximum=4096)
+    lora_alpha: float = setting(32.0, "They are scaled by alpha / rank.", group="LoRA", above=0, maximum=1e6)
+    lora_dropout: float = setting(0.0, "Share of their inputs that is left out.", group="LoRA", minimum=0, maximum=0.9)
+    lora_targets: str = setting(
+        "all", "Which matrices get one: all of the blocks, or names.", group="LoRA", metavar="all|NAME,..."
+    )
+    lora_kind: str = setting(
+        "lora", "dora learns each row's length apart (arXiv:2402.09353).", group="LoRA", choices=("lora", "dora")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifyTuneConfig:
+    """What is particular to learning labels."""
+
+    multi_label: bool = setting(False, "Each text has any number of labels.", group="Labels")
+    class_weights: str = setting(
+        "none",
+        "balanced: rare labels count more, each label as much as any other in all.",
+        group="Labels",
+        choices=("none", "balanced"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifyConfig:
+    """How texts are classified."""
+
+    threshold: float = setting(
+        0.5, "Of a model with several labels a text: those that are at least so probable.", minimum=0, maximum=1
+    )
+    batch_size: int = setting(32, "Texts at once.", group="Machine", minimum=1, maximum=4096)
+    device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
+    threads: int | None = setting(
+        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024
+    )

@@ -104,6 +104,7 @@ def plan_lines(started: Started) -> list[str]:
     compiled = ", compiled" if machine.compile else ""
     estimate = f"about {duration(plan.estimated_seconds)}" if plan.estimated_seconds else ""
     return [
+        *(f"{name:<10} {text}" for name, text in started.facts.items()),
         f"model      {shape.model_type}, {plan.parameters / 1e6:.2f} M parameters "
         f"({plan.embedding_parameters / 1e6:.2f} M embedding), {shape.num_hidden_layers} layers, "
         f"width {shape.hidden_size}, context {shape.max_position_embeddings}",
@@ -142,9 +143,11 @@ def training(stopping: Callable[[], bool] = lambda: False) -> Iterator[Callable[
 def validation_line(event: TrainingEvent) -> str:
     """One validation in words."""
     mark = " (best)" if event.best else ""
+    bits = "" if event.bits_per_byte is None else f"  {event.bits_per_byte:.4f} bits/byte"
+    own = "".join(f"  {name} {value:.4f}" for name, value in (event.figures or {}).items())
+    unit = "nats/token" if event.bits_per_byte is not None else "nats"
     return (
-        f"step {event.step:>6,}  validation {event.loss:.4f} nats/token  {event.bits_per_byte:.4f} bits/byte{mark}"
-        f"  {duration(event.elapsed_seconds)}"
+        f"step {event.step:>6,}  validation {event.loss:.4f} {unit}{bits}{own}{mark}  {duration(event.elapsed_seconds)}"
     )
 
 

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "tokenizer": ("tokenizer", "tokenizer", "Train a tokenizer, use it, look into it."),
     "data": ("data", "data", "Check text files and prepare them as a corpus."),
     "pretrain": ("pretrain", "pretrain", "Pretrain a language model on a corpus or on plain text."),
+    "finetune": ("finetune", "finetune", "Fine-tune a model for a task, on labelled data."),
     "export": ("export", "export", "Export a model as an ONNX folder that runs fast and proves itself."),
     "evaluate": ("evaluate", "evaluate", "Measure a model on held-out text."),
     "bench": ("bench", "bench", "Measure how fast a model reads and decodes."),

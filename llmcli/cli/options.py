@@ -176,6 +176,9 @@ def _fill_defaults(context: click.Context, _parameter: click.Parameter, path: st
     if path is None:
         return
     values = configs.read_toml(path)
+    task = values.pop("task", context.info_name)  # of a fine-tuning run: each task is a command
+    if task != context.info_name:
+        raise ConfigError(f"holds the settings of finetune {task}", where=path)
     known = {parameter.name: parameter for parameter in context.command.params if parameter.name not in _NOT_IN_FILES}
     for name, value in values.items():
         if name not in known:

@@ -9,7 +9,7 @@ import click
 
 from llmcli.cli.info import size
 from llmcli.cli.options import GroupedCommand, is_json, overwrite_option, shared_options
-from llmcli.cli.pretrain import Signals
+from llmcli.cli.running import Signals
 from llmcli.cli.streams import notice, write_json, write_out
 from llmcli.errors import StoppedError
 

@@ -13,12 +13,13 @@ from typing import Any
 from llmcli.errors import DataError, LlmcliError, from_os_error
 from llmcli.files.manifest import MANIFEST, manifest_problems
 
-KINDS = ("tokenizer", "corpus", "run", "checkpoint", "model", "onnx")
+KINDS = ("tokenizer", "corpus", "run", "checkpoint", "adapter", "model", "onnx")
 METRICS = "metrics.jsonl"
 RUN_CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
 RESULT = "model"  # the folder in a run that holds its best model
 GRAPH = "model.onnx"
+ADAPTER_CONFIG = "adapter_config.json"
 PREFILL = "prefill.onnx"  # a second graph over the same cache and data, which reads prompts
 _ONNX = (GRAPH, f"{GRAPH}.data", "export.json")  # any of them: a folder that lost one is still of its kind
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -47,6 +48,8 @@ def kind_of(path: str | Path) -> str:
         return "run"
     if has("state.json") and has("config.json", *_WEIGHTS):
         return "checkpoint"
+    if has(ADAPTER_CONFIG):
+        return "adapter"
     if has(*_ONNX) and not has(*_WEIGHTS):
         return "onnx"
     if has("config.json") or has(*_WEIGHTS):
@@ -73,6 +76,8 @@ def resolve_model(path: str | Path, *, onnx: bool = True) -> Path:
         result = place / RESULT
         if is_model(result):
             return result
+        if is_adapter(result):
+            return resolve_model(result, onnx=onnx)
         for checkpoint in reversed(checkpoints_of(place)):
             if not manifest_problems(checkpoint):
                 return checkpoint
@@ -81,12 +86,30 @@ def resolve_model(path: str | Path, *, onnx: bool = True) -> Path:
         return place
     if kind == "onnx":
         raise DataError("is an ONNX model; the model it was exported from is needed", where=str(path))
+    if kind == "adapter" or (kind == "checkpoint" and is_adapter(place)):
+        base = read_json(place / ADAPTER_CONFIG).get("base_model_name_or_path")
+        raise DataError(f"is an adapter; give its base, and it by --adapter (made for {base!r:.200})", where=str(path))
     if kind not in ("model", "checkpoint"):
         raise DataError(f"is a {kind}; a model or a run is needed", where=str(path))
     if not is_model(place):
         missing = "config.json" if not (place / "config.json").is_file() else _WEIGHTS[0]
         raise DataError(f"is not a whole model: {missing} is missing", where=str(path))
     return place
+
+
+def resolve_adapter(path: str | Path) -> Path:
+    """The folder with adapter_config.json: the path itself, or a run's result. Raises DataError for anything else."""
+    place = Path(path)
+    if kind_of(place) == "run" and is_adapter(place / RESULT):
+        return place / RESULT
+    if not is_adapter(place):
+        raise DataError(f"is no adapter: it has no {ADAPTER_CONFIG}", where=str(path))
+    return place
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder is one of PEFT's."""
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def is_model(folder: Path) -> bool:
@@ -156,3 +179,13 @@ def size_of(folder: Path) -> int:
 def describe(error: LlmcliError, root: Path) -> str:
     """An error as a line of a report on `root`: paths are told from there."""
     return str(error).replace(f"{root}/", "").replace(f"{root}: ", "")
+
+
+def end_ids(folder: Path) -> list[int]:
+    """The tokens that end a text, as a model's files name them; none: the tokenizer's own."""
+    for name in ("generation_config.json", "config.json"):
+        found = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        ids = [item for item in (found if isinstance(found, list) else [found]) if isinstance(item, int)]
+        if ids:
+            return ids
+    return []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcli.errors import DataError, from_os_error
+from llmcli.files.manifest import MANIFEST, read_manifest, sha256_of
 from llmcli.files.safetensors_header import TensorEntry, read_header
 
 if TYPE_CHECKING:
@@ -172,3 +173,21 @@ def load_weights(folder: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     for path in weight_files(folder):
         tensors.update(load_tensors(path, device))
     return tensors
+
+
+def weights_hash(folder: Path) -> str:
+    """What a model's weights are known by: a sha256 over those of its files.
+
+    Of a file whose size is the manifest's, the manifest's word is taken: it is what `verify` checks.
+    """
+    import hashlib
+
+    listed: dict[str, object] = {}
+    if (folder / MANIFEST).is_file():
+        listed = read_manifest(folder)["files"]
+    digests = []
+    for path in weight_files(folder):
+        entry = listed.get(path.name)
+        known = isinstance(entry, dict) and entry.get("size") == path.stat().st_size
+        digests.append(str(entry["sha256"]) if known else sha256_of(path))  # type: ignore[index]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()

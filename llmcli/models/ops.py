@@ -20,7 +20,14 @@ EXPLICIT_POSITIONS = 1024
 class Linear(nn.Linear):
     """A linear map whose weight is cast to its input's precision."""
 
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+        self.adapter: Any = None  # a low-rank part, see models/lora.py
+        self.fused: Tensor | None = None  # of the first of several maps of one input: the memory of all their weights
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.adapter is not None:
+            return adapted(x, self)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
@@ -32,8 +39,11 @@ class Conv1D(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(inputs, outputs))
         self.bias = nn.Parameter(torch.zeros(outputs))
+        self.adapter: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.adapter is not None:
+            return adapted(x, self)
         return F.linear(x, self.weight.to(x.dtype).t(), self.bias.to(x.dtype))
 
 
@@ -70,9 +80,11 @@ class RMSNormFunction(torch.autograd.Function):
         (gradient,) = gradients
         narrow = weight.to(gradient.dtype)
         product = gradient * scaled
-        of_weight = product.sum(tuple(range(product.ndim - 1)), dtype=torch.float32)
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = product.sum(tuple(range(product.ndim - 1)), dtype=torch.float32).to(weight.dtype)
         along = (product @ narrow).unsqueeze(-1) / -scaled.size(-1)  # what the norm takes back along its input
-        return torch.addcmul(gradient * narrow, scaled, along) * inverse, of_weight.to(weight.dtype), None
+        return torch.addcmul(gradient * narrow, scaled, along) * inverse, of_weight, None
 
 
 class LayerNorm(nn.LayerNorm):
@@ -136,12 +148,21 @@ class SwiGLUFunction(torch.autograd.Function):
         return torch.cat((of_gate, gradient * F.silu(gate)), -1)
 
 
-def joined(x: Tensor, *maps: nn.Linear) -> Tensor:
+def joined(x: Tensor, *maps: Linear) -> Tensor:
     """The outputs of several linear maps of one input, side by side: one product, and one for each gradient."""
+    if any(each.adapter is not None for each in maps):
+        return adapted(x, *maps)
     weights: list[Tensor] = [each.weight for each in maps]
     biases: list[Tensor] = [each.bias for each in maps if each.bias is not None]
     weight = torch.cat(weights).to(x.dtype)
     return F.linear(x, weight, torch.cat(biases).to(x.dtype) if biases else None)
+
+
+def adapted(x: Tensor, *maps: Linear | Conv1D) -> Tensor:
+    """The outputs of maps of one input, some with a low-rank part, side by side."""
+    from llmcli.models.lora import adapted_product
+
+    return adapted_product(x, maps)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

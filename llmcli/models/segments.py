@@ -27,9 +27,7 @@ class Segments:
 
     positions: Tensor  # (1, N): each text's begin at 0
     groups: tuple[tuple[int, int], ...]  # (R, T) of each
-    index: (
-        Tensor  # (sum of R x T,): where in the row each place of the groups comes from
-    )
+    index: Tensor  # (sum of R x T,): where in the row each place of the groups comes from
     places: Tensor  # (N,): the place in the groups of each place in the row
     window: int | None = None  # tokens that a token attends to; see DecoderConfig.sliding_window
 

@@ -19,7 +19,7 @@ from llmcli.data.stop_strings import StopStrings
 from llmcli.data.token_bytes import DecodeStream
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
 from llmcli.errors import ConfigError, DataError, LlmcliError, UsageError
-from llmcli.files.artefacts import read_json, resolve_model
+from llmcli.files.artefacts import end_ids, resolve_model
 from llmcli.operations.constraints import Constrainer, Constraint, read_constraint
 from llmcli.operations.prompt_cache import PromptCache
 from llmcli.operations.speculation import check_speculation, open_speculation
@@ -329,7 +329,7 @@ def open_generator(
     draft = check_speculation(speculation, tokenizer)
     session = open_session(folder, device=device, threads=threads, fast=fast)
     guessing = open_speculation(speculation, session, draft, device=device, threads=threads, fast=fast)
-    return Generator(session, tokenizer, _end_ids(folder), guessing)
+    return Generator(session, tokenizer, end_ids(folder), guessing)
 
 
 def generate(
@@ -363,13 +363,3 @@ def generate(
 def new_seed() -> int:
     """A seed that was not used before, short enough to be typed again."""
     return secrets.randbits(32)
-
-
-def _end_ids(folder: Path) -> list[int]:
-    """The tokens that end a text, as the model's files name them; none: the tokenizer's own."""
-    for name in ("generation_config.json", "config.json"):
-        found = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
-        ids = [item for item in (found if isinstance(found, list) else [found]) if isinstance(item, int)]
-        if ids:
-            return ids
-    return []

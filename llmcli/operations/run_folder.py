@@ -173,11 +173,12 @@ class Kept(Protocol):
 
 @dataclasses.dataclass
 class WholeModel:
-    """All weights of a model, with the tokenizer. `facts`: further keys of config.json."""
+    """All weights of a model, with the tokenizer. `facts`: further keys of config.json; `ends`: see `save_model`."""
 
     model: Decoder
     tokenizer: TextTokenizer
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    ends: Sequence[int] = ()
 
     @property
     def special_ids(self) -> dict[str, int | None]:
@@ -186,7 +187,7 @@ class WholeModel:
 
     def write(self, folder: Path, *, result: bool = False) -> None:
         """The model's folder."""
-        save_model(self.model, folder, special_ids=self.special_ids, facts=self.facts)
+        save_model(self.model, folder, special_ids=self.special_ids, facts=self.facts, ends=self.ends)
         self.tokenizer.save(folder)
 
     def read(self, folder: Path) -> None:

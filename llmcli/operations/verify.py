@@ -155,10 +155,13 @@ def _model(folder: Path, values: bool) -> Iterator[str]:
 
 
 def _shape_problems(folder: Path, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
+    from llmcli.models.classifier import builder_for
     from llmcli.models.folder import family_names, load_config, weight_problems
 
     config = load_config(folder)
-    yield from weight_problems(config, family_names(config, entries))
+    path = folder / "config.json"
+    build = builder_for(artefacts.read_json(path), str(path))
+    yield from weight_problems(config, family_names(config, entries), build)
     yield from _special_ids(folder, config.vocab_size)
 
 

@@ -1,0 +1,91 @@
+"""`llmcli finetune TASK`: a model and labelled data to a model that does a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from llmcli.cli.options import HELP, GroupedCommand, settings, shared_options
+from llmcli.cli.running import Signals, given_names, run_options, shown, tell_end, tell_plan
+from llmcli.config import ClassifyTuneConfig, FinetuneConfig, LabelledConfig, LoraConfig
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@click.group(context_settings=HELP)
+def finetune() -> None:
+    """Fine-tune a model for a task, on labelled data."""
+
+
+def _task(*own: type) -> Callable[[F], click.Command]:
+    """A command of the group: MODEL, DATA, the shared settings and those of the task alone."""
+
+    def decorate(function: F) -> click.Command:
+        for option in (
+            shared_options,
+            settings(FinetuneConfig, LoraConfig, LabelledConfig, *own),
+            run_options,
+            click.option("-o", "--output", "run", required=True, metavar="DIR", help="Folder of the run."),
+            click.argument("data", metavar="DATA...", nargs=-1, required=True),
+            click.argument("model", metavar="MODEL"),
+        ):
+            function = option(function)
+        return finetune.command(cls=GroupedCommand)(function)
+
+    return decorate
+
+
+@_task()
+def chat(**values: Any) -> None:
+    r"""Fine-tune a model to answer: conversations, instructions, prompts with completions.
+
+    Learnt is what the assistant says, with the token that ends it. A model without a chat template gets ChatML.
+    RUN/model holds the result, the best on validation. Ctrl-C saves; --resume goes on from there.
+
+    \b
+    Example:
+      llmcli finetune chat runs/first alpaca.json -o runs/chat
+    """
+    _run("chat", None, **values)
+
+
+@_task(ClassifyTuneConfig)
+def classify(classify_tune_config: ClassifyTuneConfig, **values: Any) -> None:
+    r"""Fine-tune a model to give texts a label, or several.
+
+    The names of the labels are kept in the model; `llmcli classify -m RUN` uses it.
+
+    \b
+    Example:
+      llmcli finetune classify runs/first train.tsv dev.tsv -o runs/labels
+    """
+    _run("classify", classify_tune_config, **values)
+
+
+def _run(
+    task: str,
+    own: Any,
+    *,
+    model: str,
+    data: tuple[str, ...],
+    run: str,
+    resume: str | None,
+    dry_run: bool,
+    overwrite: bool,
+    finetune_config: FinetuneConfig,
+    lora_config: LoraConfig,
+    labelled_config: LabelledConfig,
+) -> None:
+    from llmcli.operations.finetune import finetune as operation
+    from llmcli.operations.finetune import plan_finetuning
+
+    asked = (finetune_config, lora_config, labelled_config, own)
+    if dry_run:
+        tell_plan(plan_finetuning(task, model, data, *asked))
+        return
+    signals = Signals()
+    names = given_names()
+    work = operation(task, model, data, run, *asked, resume=resume, overwrite=overwrite, given=names, stopping=signals)
+    tell_end(run, shown(work, signals))

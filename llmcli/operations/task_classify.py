@@ -1,0 +1,157 @@
+"""Fine-tuning on labels: one a text, or any number of them.
+
+Invariant: the labels are those of the training examples, in order of their names; a label that only validation has is
+an error, since nothing could learn it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmcli.config_finetune import ClassifyTuneConfig
+from llmcli.data.examples import Example, LabelExample
+from llmcli.data.tokenizer import TextTokenizer
+from llmcli.errors import DataError
+from llmcli.models.classifier import Classifier, classifier_facts, classifier_from
+from llmcli.models.decoder import Decoder
+from llmcli.operations.tasks import Row
+from llmcli.training.loop import Validation
+from llmcli.training.packing import Packed, pack
+
+
+class ClassifyTask:
+    """Rows: `wanted` is the tuple of labels."""
+
+    name = "classify"
+
+    def __init__(self, config: ClassifyTuneConfig = ClassifyTuneConfig()) -> None:  # noqa: B008  (frozen)
+        self.config = config
+        self.labels: list[str] = []
+        self._weights: Tensor = torch.zeros(0)
+        self._family = ""
+
+    def tokenizer(self, base: TextTokenizer) -> TextTokenizer:
+        """The model's own."""
+        return base
+
+    def encoded(self, examples: Iterable[Example], tokenizer: TextTokenizer) -> Iterator[Row]:
+        """Texts as `classify` encodes them."""
+        for example in examples:
+            if not isinstance(example, LabelExample):
+                raise DataError("has no label", where=example.where)
+            if len(example.labels) != 1 and not self.config.multi_label:
+                raise DataError(
+                    f"has {len(example.labels)} labels; --multi-label learns any number of them", where=example.where
+                )
+            ids = text_ids(tokenizer, example.text, example.text_pair)
+            if not ids:
+                raise DataError("the text is empty", where=example.where)
+            yield Row(np.asarray(ids, np.int32), example.labels, example.where)
+
+    def longest(self, context: int) -> int:
+        """All tokens are read."""
+        return context
+
+    def cut(self, row: Row, length: int) -> Row | None:
+        """The begin of the text."""
+        return Row(row.ids[:length], row.wanted, row.where)
+
+    def settle(self, train: Sequence[Row], validation: Sequence[Row]) -> None:
+        """The labels and their weights."""
+        counts: dict[str, int] = {}
+        for row in train:
+            for label in row.wanted:
+                counts[label] = counts.get(label, 0) + 1
+        if len(counts) < (1 if self.config.multi_label else 2):
+            only = f"the label {next(iter(counts))!r}" if counts else "no label"
+            raise DataError(f"every example has {only}; two at least are needed to tell apart")
+        for row in validation:
+            for label in row.wanted:
+                if label not in counts:
+                    raise DataError(f"the label {label!r:.80} is not among those trained on", where=row.where)
+        self.labels = sorted(
+            counts, key=lambda label: (not label.isdecimal(), int(label) if label.isdecimal() else 0, label)
+        )
+        self._weights = torch.ones(len(self.labels))
+        if self.config.class_weights == "balanced":
+            found = torch.tensor([float(counts[label]) for label in self.labels])
+            self._weights = found.sum() / (len(found) * found)
+
+    def model(self, base: Decoder, generator: torch.Generator) -> Decoder:
+        """The base under a head of its own."""
+        self._family = base.config.model_type
+        return classifier_from(base, len(self.labels), generator)
+
+    def facts(self, tokenizer: TextTokenizer) -> Mapping[str, Any]:
+        """The labels, and what transformers needs to find the last token of a text."""
+        pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
+        return classifier_facts(self._family, self.labels, several=self.config.multi_label, pad_id=pad)
+
+    def ends(self, tokenizer: TextTokenizer) -> Sequence[int]:
+        """None: it generates nothing."""
+        return ()
+
+    def batch(self, rows: Sequence[Row]) -> tuple[Packed, Tensor]:
+        """Targets: the label's number (R,); of several labels 0 or 1 for each (R, labels)."""
+        numbers = {label: index for index, label in enumerate(self.labels)}
+        packed = pack([row.ids for row in rows], [np.array([len(row.ids) - 1]) for row in rows])
+        if not self.config.multi_label:
+            return packed, torch.tensor([numbers[row.wanted[0]] for row in rows])
+        targets = torch.zeros(len(rows), len(self.labels))
+        for place, row in enumerate(rows):
+            targets[place, [numbers[label] for label in row.wanted]] = 1.0
+        return packed, targets
+
+    def loss(self, model: Decoder, packed: Packed, targets: Tensor, scale: Tensor) -> Tensor:
+        """Cross-entropy of the label; of several, the mean of each label's own."""
+        assert isinstance(model, Classifier)
+        scores = model.scores(packed.ids, packed.segments, packed.chosen).float()
+        return self._summed(scores, targets) * scale
+
+    def _summed(self, scores: Tensor, targets: Tensor) -> Tensor:
+        weights = self._weights.to(scores.device)
+        if not self.config.multi_label:
+            return F.cross_entropy(scores, targets, weight=weights, reduction="sum")
+        every = F.binary_cross_entropy_with_logits(scores, targets, reduction="none")
+        return (every * (targets * (weights - 1) + 1)).mean(1).sum()
+
+    def _marked(self, labels: Tensor) -> npt.NDArray[np.bool_]:
+        """Labels, by number (R,) or as 0 and 1 (R, labels), as booleans (R, labels)."""
+        every = labels if self.config.multi_label else F.one_hot(labels, len(self.labels))
+        return every.bool().cpu().numpy()  # type: ignore[no-any-return]
+
+    def validate(self, model: Decoder, batches: Iterable[tuple[Packed, Tensor]]) -> Validation:
+        """The loss of an example, accuracy (all labels right) and macro-F1."""
+        assert isinstance(model, Classifier)
+        loss, found, expected = 0.0, [], []
+        for packed, targets in batches:
+            scores = model.scores(packed.ids, packed.segments, packed.chosen).float()
+            loss += float(self._summed(scores, targets))
+            several = self.config.multi_label
+            found.append(
+                (scores > 0 if several else F.one_hot(scores.argmax(1), len(self.labels)).bool()).cpu().numpy()
+            )
+            expected.append((targets.bool() if several else F.one_hot(targets, len(self.labels)).bool()).cpu().numpy())
+        guessed, true = np.concatenate(found), np.concatenate(expected)
+        figures = {"accuracy": float((guessed == true).all(1).mean()), "macro_f1": macro_f1(guessed, true)}
+        return Validation(loss / len(true), None, figures)
+
+
+def text_ids(tokenizer: TextTokenizer, text: str, pair: str | None = None) -> list[int]:
+    """The ids of a text to classify, as transformers' tokenizers give them; the second text stands on a line below."""
+    return tokenizer.encode(text if pair is None else f"{text}\n{pair}", special=True)
+
+
+def macro_f1(guessed: npt.NDArray[np.bool_], true: npt.NDArray[np.bool_]) -> float:
+    """The mean of the labels' F1, a label that is neither there nor guessed left out. (rows, labels) each."""
+    right = (guessed & true).sum(0)
+    either = guessed.sum(0) + true.sum(0)
+    known = either > 0
+    return float((2 * right[known] / either[known]).mean()) if known.any() else 0.0

@@ -1,0 +1,83 @@
+"""What a task is to fine-tuning: what an example becomes, the loss, the figures of a validation.
+
+Invariant: everything else (reading, splitting, packing, the loop, checkpoints) knows no task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from llmcli.data.examples import Example
+from llmcli.data.tokenizer import TextTokenizer
+from llmcli.errors import UsageError
+from llmcli.models.decoder import Decoder
+from llmcli.training.loop import Validation
+from llmcli.training.packing import Packed
+
+Ids = npt.NDArray[np.int32]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+    """An example as ids, and what is wanted of it, in the task's own form."""
+
+    ids: Ids
+    wanted: Any
+    where: str
+
+
+class Task(Protocol):
+    """One kind of fine-tuning. Made anew for each run; `settle` is called before what stands below it."""
+
+    name: str  # of the command, and of the layouts of data
+
+    def tokenizer(self, base: TextTokenizer) -> TextTokenizer:
+        """The tokenizer of the result: the model's, with what the task needs."""
+
+    def encoded(self, examples: Iterable[Example], tokenizer: TextTokenizer) -> Iterator[Row]:
+        """The rows of examples. Raises DataError for one that cannot be learnt from."""
+
+    def longest(self, context: int) -> int:
+        """Ids that a row may have for a model that sees `context` tokens."""
+
+    def cut(self, row: Row, length: int) -> Row | None:
+        """A row of at most `length` ids; None where nothing is left to learn."""
+
+    def settle(self, train: Sequence[Row], validation: Sequence[Row]) -> None:
+        """Looks at all rows at once. Raises DataError for what cannot be learnt, or not be measured."""
+
+    def model(self, base: Decoder, generator: torch.Generator) -> Decoder:
+        """The model to train, from the base's weights."""
+
+    def facts(self, tokenizer: TextTokenizer) -> Mapping[str, Any]:
+        """Keys of config.json beside the decoder's."""
+
+    def ends(self, tokenizer: TextTokenizer) -> Sequence[int]:
+        """Tokens that end what the result generates, beside those that end what the base does."""
+
+    def batch(self, rows: Sequence[Row]) -> tuple[Packed, Tensor]:
+        """Inputs and targets."""
+
+    def loss(self, model: Decoder, packed: Packed, targets: Tensor, scale: Tensor) -> Tensor:
+        """The sum over the targets of their loss, times `scale`."""
+
+    def validate(self, model: Decoder, batches: Iterable[tuple[Packed, Tensor]]) -> Validation:
+        """The loss of a target in the mean, and the task's own figures; in evaluation, without gradients."""
+
+
+def make_task(name: str, settings: Any = None) -> Task:
+    """The task of that name. `settings`: the dataclass that it alone has."""
+    from llmcli.operations.task_chat import ChatTask
+    from llmcli.operations.task_classify import ClassifyTask
+
+    kinds: dict[str, Callable[..., Task]] = {"chat": ChatTask, "classify": ClassifyTask}
+    if name not in kinds:
+        raise UsageError(f"no task {name!r}; there are {', '.join(kinds)}", where="task")
+    return kinds[name]() if settings is None else kinds[name](settings)

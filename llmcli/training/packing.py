@@ -1,0 +1,96 @@
+"""Batches of examples of unlike length: side by side in one row, in an order that depends on (seed, step) alone.
+
+Invariant: nothing is drawn from a global random state and no position is kept, so a resumed run sees exactly the
+batches that it would have seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from llmcli.models.segments import Segments, segments_of
+
+R = TypeVar("R")
+Ids = npt.NDArray[np.integer[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Texts in one row, and the places in it whose hidden states are wanted."""
+
+    ids: Tensor  # (1, N)
+    segments: Segments
+    chosen: Tensor  # (M,)
+    number: int = 0  # of the batch, for what is drawn at random
+
+    def to(self, device: torch.device) -> Packed:
+        """The same on a device."""
+        moved = self.ids.to(device), self.segments.to(device), self.chosen.to(device)
+        return Packed(*moved, self.number)
+
+
+def pack(texts: Sequence[Ids], chosen: Sequence[Ids]) -> Packed:
+    """Texts of ids side by side. `chosen`: the places of each text that are wanted, counted from its begin."""
+    lengths = [len(text) for text in texts]
+    starts = np.cumsum([0, *lengths[:-1]])
+    places = np.concatenate([start + each for start, each in zip(starts, chosen, strict=True)]).astype(np.int64)
+    ids = torch.from_numpy(np.concatenate(texts).astype(np.int64))[None]
+    return Packed(ids, segments_of(lengths), torch.from_numpy(places))
+
+
+class ExampleOrder:
+    """Which examples a micro-batch holds: each epoch visits every example once, in a new order."""
+
+    def __init__(self, count: int, *, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self._epoch = -1
+        self._order: npt.NDArray[np.int64] = np.empty(0, np.int64)
+
+    def batch(self, number: int) -> list[int]:
+        """The examples of micro-batch `number`."""
+        return [self._visited(number * self.batch_size + row) for row in range(self.batch_size)]
+
+    def _visited(self, sample: int) -> int:
+        epoch, place = divmod(sample, self.count)
+        if epoch != self._epoch:
+            random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            self._order, self._epoch = random.permutation(self.count), epoch
+        return int(self._order[place])
+
+
+def batches(
+    rows: Sequence[R],
+    order: ExampleOrder,
+    made: Callable[[Sequence[R]], tuple[Packed, Tensor]],
+    first: int,
+    device: torch.device,
+) -> Iterator[tuple[Packed, Tensor]]:
+    """Micro-batches from number `first` on, endlessly."""
+    number = first
+    while True:
+        packed, targets = made([rows[index] for index in order.batch(number)])
+        yield dataclasses.replace(packed.to(device), number=number), targets.to(device)
+        number += 1
+
+
+def in_turn(
+    rows: Sequence[R], made: Callable[[Sequence[R]], tuple[Packed, Tensor]], *, length: Callable[[R], int], tokens: int
+) -> Iterator[tuple[Packed, Tensor]]:
+    """All rows once, the short ones first, at most `tokens` in a batch where a single one has no more."""
+    held: list[R] = []
+    filled = 0
+    for row in sorted(rows, key=length):
+        if held and filled + length(row) > tokens:
+            yield made(held)
+            held, filled = [], 0
+        held.append(row)
+        filled += length(row)
+    if held:
+        yield made(held)
