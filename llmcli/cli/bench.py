@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llmcli.cli.info import size
-from llmcli.cli.options import GroupedCommand, is_json, settings, shared_options
+from llmcli.cli.options import GroupedCommand, adapter_option, is_json, settings, shared_options
 from llmcli.cli.streams import notice, write_json, write_out
 from llmcli.config import BenchConfig
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.option(
     "-m", "--model", "models", required=True, multiple=True, metavar="PATH", help="Model or run; given again for each."
 )
+@adapter_option
 @settings(BenchConfig)
 @shared_options
 def bench(models: tuple[str, ...], bench_config: BenchConfig) -> None:

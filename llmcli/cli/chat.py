@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmcli.cli.options import GroupedCommand, is_json, settings, shared_options
+from llmcli.cli.options import GroupedCommand, adapter_option, is_json, settings, shared_options
 from llmcli.cli.streams import notice, printable, stdin_is_piped, write_json, write_out
 from llmcli.config import ChatConfig, ConstraintConfig, SamplingConfig, SpeculationConfig
 from llmcli.errors import CutShortError, DataError, LlmcliError, UsageError
@@ -36,6 +36,7 @@ _HELP = """\
 @click.option("-s", "--system", metavar="TEXT", help="System prompt.")
 @click.option("--template", metavar="FILE", help="Jinja chat template, in place of the model's own.")
 @click.option("--prompt-cache", metavar="FILE", help="Keeps the first prompt, for the next call.")
+@adapter_option
 @settings(SamplingConfig, ChatConfig, ConstraintConfig, SpeculationConfig)
 @shared_options
 def chat(

@@ -6,7 +6,7 @@ import dataclasses
 
 import click
 
-from llmcli.cli.options import GroupedCommand, is_json, prompt_text, settings, shared_options
+from llmcli.cli.options import GroupedCommand, adapter_option, is_json, prompt_text, settings, shared_options
 from llmcli.cli.streams import notice, read_stdin, stdin_is_piped, write_json, write_out
 from llmcli.config import CompleteConfig
 from llmcli.errors import UsageError
@@ -17,6 +17,7 @@ _ESCAPED = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})
 @click.command(cls=GroupedCommand)
 @click.argument("prefix", nargs=-1)
 @click.option("-m", "--model", required=True, metavar="PATH", help="Model or run to use.")
+@adapter_option
 @settings(CompleteConfig)
 @shared_options
 def complete(prefix: tuple[str, ...], model: str, complete_config: CompleteConfig) -> None:

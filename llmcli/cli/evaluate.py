@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llmcli.cli.info import counted, size, table
-from llmcli.cli.options import GroupedCommand, is_json, settings, shared_options
+from llmcli.cli.options import GroupedCommand, adapter_option, is_json, settings, shared_options
 from llmcli.cli.streams import write_json, write_out
 from llmcli.config import EvaluateConfig, TextConfig
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 @click.command(cls=GroupedCommand)
 @click.argument("model", metavar="MODEL")
 @click.argument("inputs", metavar="TEXT...", nargs=-1, required=True)
+@adapter_option
 @settings(EvaluateConfig, TextConfig)
 @shared_options
 def evaluate(model: str, inputs: tuple[str, ...], evaluate_config: EvaluateConfig, text_config: TextConfig) -> None:

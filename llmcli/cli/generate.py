@@ -10,6 +10,7 @@ import click
 from llmcli.cli.options import (
     GroupedCommand,
     SectionOption,
+    adapter_option,
     is_json,
     overwrite_option,
     prompt_text,
@@ -36,6 +37,7 @@ _FILES: dict[str, Any] = {"cls": SectionOption, "section": "Files"}
 @click.option("--prompt-field", default="prompt", show_default=True, help="Field with the prompt.", **_FILES)
 @click.option("--prompt-cache", metavar="FILE", help="Keeps a prompt that was read, for the next call.", **_FILES)
 @overwrite_option
+@adapter_option
 @settings(SamplingConfig, GenerateConfig, ConstraintConfig, SpeculationConfig)
 @shared_options
 def generate(

@@ -101,6 +101,25 @@ def overwrite_option(function: F) -> F:
     return click.option("--overwrite", is_flag=True, help="Replace an output that exists, whole.")(function)
 
 
+def adapter_option(function: F) -> F:
+    """Adds --adapter; the command's `model`, or each of its `models`, then arrives with the adapter on it."""
+
+    def call(*arguments: Any, adapter: str | None, **values: Any) -> Any:
+        if adapter is not None:
+            from llmcli.files.artefacts import AdaptedModel
+
+            if "models" in values:
+                values["models"] = [AdaptedModel(each, adapter) for each in values["models"]]
+            else:
+                values["model"] = AdaptedModel(values["model"], adapter)
+        return function(*arguments, **values)
+
+    call.__doc__, call.__name__ = function.__doc__, function.__name__
+    call.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
+    text = "Adapter (LoRA, as PEFT keeps it), or a run that made one; it goes on MODEL."
+    return cast(F, click.option("--adapter", metavar="DIR", help=text)(call))
+
+
 def settings(*kinds: type) -> Callable[[F], F]:
     """Adds an option for each setting of the dataclasses; the command gets one object a class, checked.
 

@@ -5,6 +5,7 @@ Invariant: the kind depends on names alone, so a damaged artefact still has its 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,48 @@ def resolve_model(path: str | Path, *, onnx: bool = True) -> Path:
         missing = "config.json" if not (place / "config.json").is_file() else _WEIGHTS[0]
         raise DataError(f"is not a whole model: {missing} is missing", where=str(path))
     return place
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedModel:
+    """A model with an adapter on it, as operations take it in a model's place."""
+
+    base: str | Path
+    adapter: str | Path
+
+    def __str__(self) -> str:
+        return f"{self.base} + {self.adapter}"
+
+
+Model = str | Path | AdaptedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelPlace:
+    """Where a model lies: the folder of its weights, and that of an adapter that goes on it."""
+
+    folder: Path
+    adapter: Path | None = None
+
+    @property
+    def texts(self) -> Path:
+        """The folder of the tokenizer and of what ends a text: the adapter's, where it brings them."""
+        brings = self.adapter is not None and (self.adapter / "tokenizer.json").is_file()
+        return self.adapter if brings and self.adapter is not None else self.folder
+
+
+def find_model(model: Model) -> ModelPlace:
+    """Where a model is that is to be run. Raises DataError where there is none, or where no adapter can go on it."""
+    if not isinstance(model, AdaptedModel):
+        return ModelPlace(resolve_model(model))
+    base = resolve_model(model.base)
+    if is_onnx(base):
+        raise DataError(
+            "is an ONNX model, whose weights are fixed (and perhaps quantized); put the adapter on the model that it "
+            "was exported from (llmcli merge) and export that",
+            where=str(model.base),
+        )
+    return ModelPlace(base, resolve_adapter(model.adapter))
 
 
 def resolve_adapter(path: str | Path) -> Path:

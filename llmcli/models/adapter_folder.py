@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from llmcli.errors import ConfigError, DataError
 from llmcli.files.artefacts import ADAPTER_CONFIG, read_json
 from llmcli.files.manifest import MANIFEST, read_manifest
+from llmcli.files.safetensors_header import read_header
 from llmcli.files.tensors import load_tensors, save_tensors, weights_hash
 from llmcli.models.classifier import Classifier, classifier_from
 from llmcli.models.config import write_config
@@ -55,8 +56,8 @@ def adapter_tensors(model: Decoder, kept: Mapping[str, nn.Module]) -> dict[str, 
             found[f"{_PREFIX}{name}.lora_B.weight"] = adapter.lora_B
             if adapter.lora_magnitude_vector is not None:
                 found[f"{_PREFIX}{name}.lora_magnitude_vector"] = adapter.lora_magnitude_vector
-    for name, module in kept.items():
-        found[f"{_PREFIX}{name}.weight"] = module.weight  # type: ignore[assignment]
+    for name, whole in kept.items():
+        found[f"{_PREFIX}{name}.weight"] = cast(Tensor, whole.weight)
     return found
 
 
@@ -139,6 +140,11 @@ def read_shape(folder: Path) -> AdapterShape:
     if values.get("use_rslora"):
         alpha = alpha * math.sqrt(rank)  # alpha / sqrt(rank), as alpha / rank
     return AdapterShape(rank, float(alpha), dora=bool(values.get("use_dora")))
+
+
+def is_classifier_adapter(folder: Path) -> bool:
+    """Whether an adapter brings a classifier's head."""
+    return f"{_PREFIX}score.weight" in read_header(folder / ADAPTER)
 
 
 def refuse_other_base(base: Path, adapter: Path) -> None:

@@ -32,7 +32,7 @@ class Classifier(Decoder):
     def scores(self, ids: Tensor, segments: Segments, last: Tensor) -> Tensor:
         """Texts side by side (1, N) and the places of their last tokens (R,) -> (R, labels)."""
         states = self.hidden(ids, segments=segments)[0].index_select(0, last)
-        return self.score(states)  # type: ignore[no-any-return]
+        return self.score(states)
 
 
 def classifier_from(base: Decoder, labels: int, generator: torch.Generator) -> Classifier:

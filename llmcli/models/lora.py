@@ -96,7 +96,7 @@ def adapted_product(x: Tensor, maps: Sequence[Map]) -> Tensor:
         x.new_zeros(_weight(owner).size(0), 0, dtype=torch.float32) if each is None else each.lora_B * each.scale
         for owner, each in zip(maps, adapters, strict=True)
     ]
-    up = torch.block_diag(*blocks) if blocks[1:] else blocks[0]
+    up = torch.block_diag(*blocks) if blocks[1:] else blocks[0]  # type: ignore[no-untyped-call]
     dropped = present[0].dropout(x) if present[0].training else None
     output: Tensor = LowRankFunction.apply(x, dropped, weight, down, up)  # type: ignore[no-untyped-call]
     if any(each.lora_magnitude_vector is not None for each in present):
@@ -177,11 +177,11 @@ def attach(model: Decoder, shape: AdapterShape, *, seed: int, kept: Sequence[nn.
     for parameter in model.parameters():
         if id(parameter) not in free:
             parameter.data = parameter.data.to(dtype)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            _fuse(module.q_proj, module.k_proj, module.v_proj)
-        elif isinstance(module, GatedMLP):
-            _fuse(module.gate_proj, module.up_proj)
+    for part in model.modules():
+        if isinstance(part, Attention):
+            _fuse(part.q_proj, part.k_proj, part.v_proj)
+        elif isinstance(part, GatedMLP):
+            _fuse(part.gate_proj, part.up_proj)
     return dropout
 
 

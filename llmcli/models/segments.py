@@ -116,4 +116,4 @@ def attend_apart(query: Tensor, key: Tensor, value: Tensor, segments: Segments) 
         begin = end
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     result = _Gathered.apply(joined, segments.places)  # type: ignore[no-untyped-call]
-    return result.view(1, -1, heads, size).transpose(1, 2)  # type: ignore[no-any-return]
+    return result.view(1, -1, heads, size).transpose(1, 2)

@@ -21,7 +21,7 @@ from llmcli import config as configs
 from llmcli.config import BenchConfig
 from llmcli.data.cores import available_cores
 from llmcli.errors import UsageError
-from llmcli.files.artefacts import GRAPH, is_onnx, resolve_model
+from llmcli.files.artefacts import GRAPH, AdaptedModel, Model, ModelPlace, find_model, is_onnx
 from llmcli.files.onnx_header import read_onnx
 from llmcli.operations.doctor import has_int8_products
 from llmcli.operations.records import Progress
@@ -59,7 +59,7 @@ class BenchReport:
 
 
 def bench(
-    models: str | Path | Sequence[str | Path],
+    models: Model | Sequence[Model],
     config: BenchConfig = BenchConfig(),  # noqa: B008  (frozen)
 ) -> Iterator[Progress | BenchReport]:
     """Measures models one after the other; yields Progress, and a BenchReport for each.
@@ -67,17 +67,18 @@ def bench(
     Raises UsageError where prompt and new tokens do not fit a model's context.
     """
     configs.check(config)
-    named = [models] if isinstance(models, str | Path) else list(models)
-    folders = [resolve_model(model) for model in named]
+    named = [models] if isinstance(models, str | Path | AdaptedModel) else list(models)
+    places = [find_model(model) for model in named]
     machine = copy_bandwidth(config.threads or available_cores())
-    for name, folder in zip(named, folders, strict=True):
-        yield from _measured(str(name), folder, config, machine)
+    for name, place in zip(named, places, strict=True):
+        yield from _measured(str(name), place, config, machine)
 
 
-def _measured(name: str, folder: Path, config: BenchConfig, machine: float) -> Iterator[Progress | BenchReport]:
+def _measured(name: str, place: ModelPlace, config: BenchConfig, machine: float) -> Iterator[Progress | BenchReport]:
+    folder = place.folder
     importlib.import_module("onnxruntime" if is_onnx(folder) else "llmcli.runtime.torch_session")
     before, began = _resident_bytes(), time.perf_counter()
-    session = open_session(folder, device=config.device, threads=config.threads, fast=config.fast)
+    session = open_session(place, device=config.device, threads=config.threads, fast=config.fast)
     loaded = time.perf_counter()
     try:
         wanted = config.prompt_tokens + config.new_tokens

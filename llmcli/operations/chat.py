@@ -19,11 +19,11 @@ from llmcli.data.rows import read_rows
 from llmcli.data.stop_strings import StopStrings
 from llmcli.data.tokenizer import load_tokenizer
 from llmcli.errors import ConfigError, DataError, UsageError
-from llmcli.files.artefacts import resolve_model
+from llmcli.files.artefacts import Model, find_model
 from llmcli.files.atomic import write_file
 from llmcli.operations.chat_ids import ChatIds
 from llmcli.operations.constraints import Constraint, read_constraint
-from llmcli.operations.generate import Generator, Piece, Prompt, Sample, new_seed, open_generator
+from llmcli.operations.generate import Generator, Piece, Prompt, Sample, cached_model, new_seed, open_generator
 from llmcli.operations.prompt_cache import PromptCache
 from llmcli.runtime.decoding import Row, Token
 from llmcli.runtime.prefix import Prefix, StoppedPrefill
@@ -234,7 +234,7 @@ def as_messages(value: Any, where: str) -> list[Message]:
 
 
 def open_chat(
-    model: str | Path,
+    model: Model,
     config: ChatConfig = ChatConfig(),  # noqa: B008 -- frozen
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008
     *,
@@ -249,9 +249,9 @@ def open_chat(
     `template`: a Jinja file in place of its own; `prompt_cache`: a file that keeps the first prompt, once read.
     """
     asked = read_constraint(constraint)
-    opened = open_template(load_tokenizer(resolve_model(model)), template)  # before the weights: it may be missing
+    opened = open_template(load_tokenizer(find_model(model).texts), template)  # before the weights: it may be missing
     try:
-        cache = None if prompt_cache is None else PromptCache(prompt_cache, resolve_model(model))
+        cache = None if prompt_cache is None else PromptCache(prompt_cache, cached_model(model))
         generator = open_generator(
             model, device=config.device, threads=config.threads, fast=config.fast, speculation=speculation
         )

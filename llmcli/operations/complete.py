@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from llmcli import config as configs
 from llmcli.config import CompleteConfig
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
 from llmcli.errors import DataError, UsageError
-from llmcli.files.artefacts import resolve_model
+from llmcli.files.artefacts import Model, find_model
 from llmcli.runtime import search as searching
 from llmcli.runtime.search import Mask, Step, search
 from llmcli.runtime.session import Session
@@ -117,13 +116,13 @@ class Completer:
         return ids[:cut], ids[cut:]
 
 
-def complete(model: str | Path, prefix: str, config: CompleteConfig = CompleteConfig()) -> Completions:  # noqa: B008
+def complete(model: Model, prefix: str, config: CompleteConfig = CompleteConfig()) -> Completions:  # noqa: B008
     """The most probable completions of a prefix by a model folder or a run."""
     from llmcli.runtime.open import open_session
 
-    folder = resolve_model(model)
-    tokenizer = load_tokenizer(folder)
-    session = open_session(folder, device=config.device, threads=config.threads)
+    place = find_model(model)
+    tokenizer = load_tokenizer(place.texts)
+    session = open_session(place, device=config.device, threads=config.threads)
     try:
         return Completer(session, tokenizer).complete(prefix, config)
     finally:

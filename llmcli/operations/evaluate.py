@@ -13,7 +13,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +23,7 @@ from llmcli.data.formats import find_inputs
 from llmcli.data.readers import Document, read_documents
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
 from llmcli.errors import ConfigError, DataError, LlmcliError
-from llmcli.files.artefacts import resolve_model
+from llmcli.files.artefacts import Model, find_model
 from llmcli.operations.records import Progress
 from llmcli.runtime.scoring import Window, score_windows, windows
 from llmcli.runtime.session import Session
@@ -70,7 +69,7 @@ class EvaluateReport:
 
 
 def evaluate(
-    model: str | Path,
+    model: Model,
     inputs: Sequence[str],
     config: EvaluateConfig = EvaluateConfig(),  # noqa: B008  (frozen)
     text: TextConfig = TextConfig(),  # noqa: B008
@@ -84,10 +83,10 @@ def evaluate(
 
     configs.check(config)
     configs.check(text)
-    folder = resolve_model(model)
+    place = find_model(model)
     sources = find_inputs(inputs)
-    tokenizer = load_tokenizer(folder)
-    session = open_session(folder, device=config.device, threads=config.threads)
+    tokenizer = load_tokenizer(place.texts)
+    session = open_session(place, device=config.device, threads=config.threads)
     try:
         scorer = _Scorer(session, tokenizer, config)
         began = time.perf_counter()

@@ -178,9 +178,7 @@ def _prepared(
     if lora.lora:
         from llmcli.operations.adapter_run import adapted
 
-        kept = adapted(
-            model, tokenizer, base, lora, seed=config.seed, new_tokens=longer, facts=facts, ends=ends
-        )
+        kept = adapted(model, tokenizer, base, lora, seed=config.seed, new_tokens=longer, facts=facts, ends=ends)
     else:
         model.requires_grad_(True)
         kept = run_folder.WholeModel(model, tokenizer, facts, ends)

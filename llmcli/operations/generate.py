@@ -19,7 +19,7 @@ from llmcli.data.stop_strings import StopStrings
 from llmcli.data.token_bytes import DecodeStream
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
 from llmcli.errors import ConfigError, DataError, LlmcliError, UsageError
-from llmcli.files.artefacts import end_ids, resolve_model
+from llmcli.files.artefacts import AdaptedModel, Model, end_ids, find_model, resolve_model
 from llmcli.operations.constraints import Constrainer, Constraint, read_constraint
 from llmcli.operations.prompt_cache import PromptCache
 from llmcli.operations.speculation import check_speculation, open_speculation
@@ -314,7 +314,7 @@ class Sample:
 
 
 def open_generator(
-    model: str | Path,
+    model: Model,
     *,
     device: str = "auto",
     threads: int | None = None,
@@ -324,16 +324,16 @@ def open_generator(
     """Loads a model folder, or a run's result. `fast`: see `GenerateConfig`."""
     from llmcli.runtime.open import open_session
 
-    folder = resolve_model(model)
-    tokenizer = load_tokenizer(folder)
+    place = find_model(model)
+    tokenizer = load_tokenizer(place.texts)
     draft = check_speculation(speculation, tokenizer)
-    session = open_session(folder, device=device, threads=threads, fast=fast)
+    session = open_session(place, device=device, threads=threads, fast=fast)
     guessing = open_speculation(speculation, session, draft, device=device, threads=threads, fast=fast)
-    return Generator(session, tokenizer, end_ids(folder), guessing)
+    return Generator(session, tokenizer, end_ids(place.texts), guessing)
 
 
 def generate(
-    model: str | Path,
+    model: Model,
     prompts: str | Iterable[str | Prompt],
     config: GenerateConfig = GenerateConfig(),  # noqa: B008  (frozen)
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008
@@ -349,7 +349,7 @@ def generate(
     asked = read_constraint(constraint)
     if prompt_cache is not None and not isinstance(prompts, str):
         raise UsageError("a prompt cache goes with one prompt", where=str(prompt_cache))
-    cache = None if prompt_cache is None else PromptCache(prompt_cache, resolve_model(model))
+    cache = None if prompt_cache is None else PromptCache(prompt_cache, cached_model(model))
     generator = open_generator(
         model, device=config.device, threads=config.threads, fast=config.fast, speculation=speculation
     )
@@ -358,6 +358,13 @@ def generate(
         yield from generator.generate(texts, config, sampling, asked, cache)
     finally:
         generator.session.close()
+
+
+def cached_model(model: Model) -> Path:
+    """The folder that a prompt cache is kept for. Raises UsageError for a model with an adapter."""
+    if isinstance(model, AdaptedModel):
+        raise UsageError("a prompt cache does not go with --adapter; llmcli merge makes one model of both")
+    return resolve_model(model)
 
 
 def new_seed() -> int:

@@ -20,7 +20,7 @@ from llmcli import config as configs
 from llmcli.config import ConstraintConfig, GenerateConfig, SamplingConfig, SpeculationConfig
 from llmcli.data.rows import Row, read_rows
 from llmcli.errors import DataError, UsageError, from_os_error
-from llmcli.files.artefacts import has_manifest, is_onnx, onnx_paths, resolve_model
+from llmcli.files.artefacts import Model, ModelPlace, find_model, has_manifest, is_onnx, onnx_paths
 from llmcli.files.journal import Journal
 from llmcli.files.manifest import read_manifest, sha256_of
 from llmcli.files.tensors import weight_files
@@ -64,7 +64,7 @@ class FileReport:
 
 
 def generate_file(
-    model: str | Path,
+    model: Model,
     source: str,
     output: str | Path,
     config: GenerateConfig = GenerateConfig(),  # noqa: B008  (frozen)
@@ -90,13 +90,13 @@ def generate_file(
         raise UsageError("is the input as well", where=str(place))
     once = source == "-" or Path(source).is_fifo()  # what is read cannot be read again
     total = None if once else sum(1 for _ in read_rows(source))
-    folder = resolve_model(model)
+    found = find_model(model)
     written = _Written() if overwrite else _read_written(place)
     seed = config.seed if config.seed is not None else written.seed
     seed = new_seed() if seed is None else seed
     guessing = speculation != SpeculationConfig()
     config = dataclasses.replace(config, seed=seed, batch_size=1 if guessing else config.batch_size)
-    keys = _Keys(folder, config, sampling, required)
+    keys = _Keys(found, config, sampling, required)
     kept = written.whole(config.num_samples)
     pending: dict[int, str] = {}  # keys of the prompts that are worked on
     tally = {"prompts": 0, "failed": sum(kept.failed), "cut": sum(kept.cut), "tokens": 0, "drafted": 0, "accepted": 0}
@@ -123,7 +123,7 @@ def generate_file(
             raise UsageError("holds more prompts than the input; --overwrite begins anew", where=str(place))
 
     generator = open_generator(
-        folder, device=config.device, threads=config.threads, fast=config.fast, speculation=speculation
+        model, device=config.device, threads=config.threads, fast=config.fast, speculation=speculation
     )
     with contextlib.closing(generator.session), contextlib.closing(_Output(place, sum(kept.sizes))) as writing:
         yield FileStarted(seed, len(kept.keys))
@@ -190,14 +190,19 @@ class _Keys:
     """Tells by a hash whether a record is of the same model, settings and prompt."""
 
     def __init__(
-        self, folder: Path, config: GenerateConfig, sampling: SamplingConfig, required: Constraint | None
+        self, model: ModelPlace, config: GenerateConfig, sampling: SamplingConfig, required: Constraint | None
     ) -> None:
+        folder = model.folder
         if has_manifest(folder):
             files = {name: entry["sha256"] for name, entry in read_manifest(folder)["files"].items()}
         else:
             weights = onnx_paths(folder) if is_onnx(folder) else weight_files(folder)
             paths = [*(folder / name for name in _SAID if (folder / name).is_file()), *weights]
             files = {path.name: sha256_of(path) for path in paths}
+        if model.adapter is not None:
+            files |= {
+                f"adapter/{path.name}": sha256_of(path) for path in sorted(model.adapter.iterdir()) if path.is_file()
+            }
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _OF_THE_MACHINE}
         asked = [] if required is None else [[required.kind, required.text]]
         self._begin = json.dumps([files, settings, dataclasses.asdict(sampling), *asked], sort_keys=True)

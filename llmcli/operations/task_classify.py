@@ -125,7 +125,7 @@ class ClassifyTask:
     def _marked(self, labels: Tensor) -> npt.NDArray[np.bool_]:
         """Labels, by number (R,) or as 0 and 1 (R, labels), as booleans (R, labels)."""
         every = labels if self.config.multi_label else F.one_hot(labels, len(self.labels))
-        return every.bool().cpu().numpy()  # type: ignore[no-any-return]
+        return every.bool().cpu().numpy()
 
     def validate(self, model: Decoder, batches: Iterable[tuple[Packed, Tensor]]) -> Validation:
         """The loss of an example, accuracy (all labels right) and macro-F1."""

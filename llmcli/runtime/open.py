@@ -8,22 +8,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmcli.errors import UsageError
-from llmcli.files.artefacts import is_onnx
+from llmcli.files.artefacts import ModelPlace, is_onnx
 from llmcli.runtime.session import Session
 
 
 def open_session(
-    folder: str | Path, *, device: str = "auto", threads: int | None = None, fast: bool = False
+    folder: str | Path | ModelPlace, *, device: str = "auto", threads: int | None = None, fast: bool = False
 ) -> Session:
     """Loads a model folder. `device`: auto, cpu, cuda or mps; one that does not work is an error, never another.
 
     `fast`: rows of a batch may depend on each other, where that is faster (ONNX folders in int8).
     """
-    place = Path(folder)
+    found = folder if isinstance(folder, ModelPlace) else ModelPlace(Path(folder))
+    place = found.folder
     if not is_onnx(place):
         from llmcli.runtime.torch_session import open_session as open_torch
 
-        return open_torch(place, device=device, threads=threads)
+        return open_torch(place, device=device, threads=threads, adapter=found.adapter)
     if device not in ("auto", "cpu"):
         raise UsageError(f"ONNX folders run on the CPU; {device} needs the model that was exported", where="--device")
     from llmcli.runtime.onnx_session import OnnxSession

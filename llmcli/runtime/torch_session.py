@@ -139,12 +139,35 @@ class TorchSession:
         return F.linear(states, self.model.head.to(states.dtype)).float().cpu().numpy()
 
 
-def open_session(folder: str | Path, *, device: str = "auto", threads: int | None = None) -> TorchSession:
-    """Loads a model folder. `device`: auto, cpu, cuda or mps; one that does not work is an error, never another."""
+def open_session(
+    folder: str | Path, *, device: str = "auto", threads: int | None = None, adapter: Path | None = None
+) -> TorchSession:
+    """Loads a model folder. `device`: auto, cpu, cuda or mps; one that does not work is an error, never another.
+
+    `adapter`: a folder of PEFT's, which is merged into the weights as they are loaded.
+    """
+    device = working_device(device)
+    torch.set_num_threads(threads or available_cores())
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return TorchSession(load_any(Path(folder), device, dtype, adapter=adapter))
+
+
+def load_any(
+    folder: Path, device: str, dtype: torch.dtype, *, adapter: Path | None = None, kind: str = "model"
+) -> Decoder:
+    """A model, with an adapter merged into it where one is given."""
+    if adapter is None:
+        return load_model(folder, device, dtype, kind=kind)
+    from llmcli.models.adapter_folder import load_adapted
+
+    return load_adapted(folder, adapter, device, dtype, kind=kind)
+
+
+def working_device(device: str) -> str:
+    """The device for "auto", or the one that is wanted. Raises UsageError where it does not work."""
     works = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
         device = next(name for name in ("cuda", "mps", "cpu") if works[name])
     if not works.get(device, False):
         raise UsageError(f"no working {device} device was found; see llmcli doctor", where="--device")
-    torch.set_num_threads(threads or available_cores())
-    return TorchSession(load_model(folder, device, torch.bfloat16 if device == "cuda" else torch.float32))
+    return device
