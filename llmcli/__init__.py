@@ -10,14 +10,18 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from llmcli.config import BenchConfig as BenchConfig
     from llmcli.config import ChatConfig as ChatConfig
+    from llmcli.config import ClassifyConfig as ClassifyConfig
+    from llmcli.config import ClassifyTuneConfig as ClassifyTuneConfig
     from llmcli.config import CompleteConfig as CompleteConfig
     from llmcli.config import ConstraintConfig as ConstraintConfig
     from llmcli.config import ConvertConfig as ConvertConfig
     from llmcli.config import CorpusConfig as CorpusConfig
     from llmcli.config import EvaluateConfig as EvaluateConfig
     from llmcli.config import ExportConfig as ExportConfig
+    from llmcli.config import FinetuneConfig as FinetuneConfig
     from llmcli.config import GenerateConfig as GenerateConfig
     from llmcli.config import LabelledConfig as LabelledConfig
+    from llmcli.config import LoraConfig as LoraConfig
     from llmcli.config import PretrainConfig as PretrainConfig
     from llmcli.config import SamplingConfig as SamplingConfig
     from llmcli.config import SpeculationConfig as SpeculationConfig
@@ -26,19 +30,24 @@ if TYPE_CHECKING:
     from llmcli.data.corpus import open_corpus as open_corpus
     from llmcli.data.tokenizer import load_tokenizer as load_tokenizer
     from llmcli.errors import LlmcliError as LlmcliError
+    from llmcli.files.artefacts import AdaptedModel as AdaptedModel
     from llmcli.models.folder import load_model as load_model
     from llmcli.operations.bench import bench as bench
     from llmcli.operations.chat import open_chat as open_chat
     from llmcli.operations.check_data import check_data as check_data
     from llmcli.operations.check_labelled import check_labelled as check_labelled
+    from llmcli.operations.classify import classify as classify
     from llmcli.operations.complete import complete as complete
     from llmcli.operations.convert import convert as convert
     from llmcli.operations.evaluate import evaluate as evaluate
     from llmcli.operations.export import export as export
+    from llmcli.operations.finetune import finetune as finetune
+    from llmcli.operations.finetune import plan_finetuning as plan_finetuning
     from llmcli.operations.generate import generate as generate
     from llmcli.operations.generate import open_generator as open_generator
     from llmcli.operations.generate_file import generate_file as generate_file
     from llmcli.operations.inspect import describe as describe
+    from llmcli.operations.merge import merge as merge
     from llmcli.operations.prepare import prepare as prepare
     from llmcli.operations.pretrain import plan_pretraining as plan_pretraining
     from llmcli.operations.pretrain import pretrain as pretrain
@@ -52,9 +61,11 @@ _HOMES = {
     "config": (
         *("BenchConfig", "ChatConfig", "CompleteConfig", "ConstraintConfig", "ConvertConfig", "CorpusConfig"),
         *("EvaluateConfig", "ExportConfig", "GenerateConfig", "LabelledConfig", "PretrainConfig", "SamplingConfig"),
-        *("SpeculationConfig", "TextConfig", "TokenizerConfig"),
+        *("ClassifyConfig", "ClassifyTuneConfig", "FinetuneConfig", "LoraConfig", "SpeculationConfig", "TextConfig"),
+        "TokenizerConfig",
     ),
     "errors": ("LlmcliError",),
+    "files.artefacts": ("AdaptedModel",),
     "data.corpus": ("open_corpus",),
     "data.tokenizer": ("load_tokenizer",),
     "models.folder": ("load_model",),
@@ -62,13 +73,16 @@ _HOMES = {
     "operations.chat": ("open_chat",),
     "operations.check_data": ("check_data",),
     "operations.check_labelled": ("check_labelled",),
+    "operations.classify": ("classify",),
     "operations.complete": ("complete",),
     "operations.convert": ("convert",),
     "operations.evaluate": ("evaluate",),
     "operations.export": ("export",),
+    "operations.finetune": ("finetune", "plan_finetuning"),
     "operations.generate": ("generate", "open_generator"),
     "operations.generate_file": ("generate_file",),
     "operations.inspect": ("describe",),
+    "operations.merge": ("merge",),
     "operations.prepare": ("prepare",),
     "operations.pretrain": ("plan_pretraining", "pretrain"),
     "operations.quickstart": ("quickstart",),

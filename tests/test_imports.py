@@ -55,10 +55,12 @@ STAGED = {
     "data/corpus.py:PartWriter._next_shard": "a shard, into the staged folder it is given",
     "data/corpus.py:PartWriter.return_to": "cuts a shard of the staged folder back",
     "operations/prepare.py:_kept": "a pipe's bytes, into the staged folder",
+    "models/adapter_folder.py:save_adapter": "PEFT's files, into the staged folder it is given",
     "models/folder.py:save_model": "writes config.json beside the weights, into the staged folder it is given",
     "onnx/external.py:ExternalData.__init__": "the large tensors, into the staged folder it is given",
     "onnx/folder.py:_write": "the graph, into the staged folder it is given",
     "operations/run_folder.py:RunFolder.save": "a checkpoint's files, into the staged folder it is given",
+    "operations/adapter_run.py:AdapterModel.write": "the tokenizer beside the adapter, into its staged folder",
     "operations/run_folder.py:WholeModel.write": "the tokenizer beside the model, into the staged folder it is given",
 }
 

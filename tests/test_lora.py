@@ -131,7 +131,7 @@ def test_an_adapter_of_peft_is_put_on(tmp_path: Path, family: str, matrix: str) 
     delta = (up @ down) * 8 / 2**0.5
     assert torch.allclose(found, weight + (delta.t() if family == "gpt2" else delta), atol=1e-5)
 
-    save_tensors({**names, "base_model.model.odd.weight": down}, adapter / "adapter_model.safetensors")
+    save_tensors({**names, "base_model.model.odd.weight": down.clone()}, adapter / "adapter_model.safetensors")
     with pytest.raises(DataError, match=r"does not fit this base: it has no odd\.weight"):
         load_adapted(tmp_path / "base", adapter)
     save_tensors({**names, next(iter(names)): down[:, :-1]}, adapter / "adapter_model.safetensors")

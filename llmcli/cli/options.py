@@ -195,10 +195,11 @@ def _fill_defaults(context: click.Context, _parameter: click.Parameter, path: st
     if path is None:
         return
     values = configs.read_toml(path)
-    task = values.pop("task", context.info_name)  # of a fine-tuning run: each task is a command
-    if task != context.info_name:
-        raise ConfigError(f"holds the settings of finetune {task}", where=path)
     known = {parameter.name: parameter for parameter in context.command.params if parameter.name not in _NOT_IN_FILES}
+    if "task" not in known:  # of a fine-tuning run: each task is a command
+        task = values.pop("task", context.info_name)
+        if task != context.info_name:
+            raise ConfigError(f"holds the settings of finetune {task}", where=path)
     for name, value in values.items():
         if name not in known:
             raise ConfigError(f"unknown key {name!r}{configs.nearest(name, [str(key) for key in known])}", where=path)

@@ -127,10 +127,8 @@ def save_model(
     save_weights(weights, folder)
     content = write_config(model.config, special_ids, dtype) | dict(facts or {})
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    generation: dict[str, Any] = {
-        "_from_model_config": True,
-        **{key: value for key, value in special_ids.items() if value is not None},
-    }
+    named = {key: value for key, value in special_ids.items() if value is not None}
+    generation: dict[str, Any] = {"_from_model_config": True, **named}
     if ends:
         generation["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", "utf-8")

@@ -85,10 +85,10 @@ class Labeller:
             yield found[index]
 
     @torch.inference_mode()
-    def _scores(self, texts: Sequence[np.ndarray]) -> list[list[float]]:  # type: ignore[type-arg]
+    def _scores(self, texts: Sequence[np.ndarray]) -> list[list[float]]:
         packed = pack(texts, [np.array([len(ids) - 1]) for ids in texts]).to(self.model.embedding.device)
         scores = self.model.scores(packed.ids, packed.segments, packed.chosen).float()
-        return (scores.sigmoid() if self.several else scores.softmax(-1)).tolist()  # type: ignore[no-any-return]
+        return (scores.sigmoid() if self.several else scores.softmax(-1)).tolist()
 
     def _record(self, text: str, scores: Sequence[float], *, cut: bool) -> Classified:
         every = dict(zip(self.labels, scores, strict=True))

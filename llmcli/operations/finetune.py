@@ -98,7 +98,7 @@ def plan_finetuning(
     """The plan of a run: the data is read and checked, nothing is trained or written."""
     inputs = [str(data)] if isinstance(data, str | Path) else [str(item) for item in data]
     settings = _checked(config, lora, labelled, own)
-    for record in _prepared(task, resolve_model(model, onnx=False), inputs, settings, lambda: False):
+    for record in _prepared(task, resolve_model(model, onnx=False), inputs, settings):
         if isinstance(record, _Prepared):
             return record.started("", None, ())
     raise AssertionError("the data was read")
@@ -147,7 +147,7 @@ class _Prepared:
 
 
 def _prepared(
-    name: str, base: Path, inputs: Sequence[str], settings: list[Any], stopping: Callable[[], bool]
+    name: str, base: Path, inputs: Sequence[str], settings: list[Any]
 ) -> Generator[Progress | _Prepared, None, None]:
     """Reads data and model; yields how far it is, and last what a run needs."""
     config, lora, labelled, *own = settings
@@ -156,7 +156,7 @@ def _prepared(
     given = load_tokenizer(base)
     tokenizer = task.tokenizer(given)
     data: TuningData | None = None
-    for record in read_data(inputs, task, tokenizer, shape.max_position_embeddings, config, labelled, stopping):
+    for record in read_data(inputs, task, tokenizer, shape.max_position_embeddings, config, labelled):
         if isinstance(record, TuningData):
             data = record
         else:
@@ -166,10 +166,10 @@ def _prepared(
     prepare_machine(machine)
     config = settle(config, lora, machine, len(data.train))
     loaded = load_model(base, "cpu", torch.float32)
-    if tokenizer.vocab_size > given.vocab_size:
+    longer = tokenizer.vocab_size > given.vocab_size
+    if longer:
         grown(loaded, tokenizer.vocab_size)
         refreshed(loaded, given.vocab_size, tokenizer.vocab_size)
-    longer = loaded.config.vocab_size > shape.vocab_size
     model = task.model(loaded, torch.Generator().manual_seed(config.seed)).to(torch.device(machine.device))
     model.compute_dtype = machine.dtype
     facts = task.facts(tokenizer)
@@ -195,7 +195,7 @@ def _in_folder(
     stopping: Callable[[], bool],
 ) -> Generator[Progress | Started | TrainingEvent, None, None]:
     prepared: _Prepared | None = None
-    for record in _prepared(name, base, inputs, opened.settings, stopping):
+    for record in _prepared(name, base, inputs, opened.settings):
         if isinstance(record, _Prepared):
             prepared = record
         else:

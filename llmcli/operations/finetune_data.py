@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from llmcli.config_finetune import FinetuneConfig, LabelledConfig
 from llmcli.data.examples import Example
@@ -51,7 +51,6 @@ def read_data(
     context: int,
     config: FinetuneConfig,
     labelled: LabelledConfig,
-    stopping: Callable[[], bool] = lambda: False,
 ) -> Iterator[Progress | TuningData]:
     """Yields how far it is, and last the data. Raises DataError for what cannot be learnt from."""
     splits = find_splits(inputs)

@@ -16,6 +16,7 @@ from llmcli.errors import ConfigError, LlmcliError
 from llmcli.files import artefacts
 from llmcli.files.manifest import MANIFEST, manifest_problems, read_manifest
 from llmcli.files.onnx_header import read_onnx
+from llmcli.files.safetensors_header import read_header
 from llmcli.files.tensors import tensors_of
 from llmcli.models.config import read_config
 
@@ -32,13 +33,14 @@ class Description:
 
 
 def describe(path: str | Path) -> Description:
-    """Describes a tokenizer, corpus, run, checkpoint, model or ONNX folder. Raises DataError for anything else."""
+    """Describes an artefact, of whatever kind. Raises DataError for what is none."""
     kind = artefacts.kind_of(path)
     readers: dict[str, Callable[[Path], dict[str, Any]]] = {
         "tokenizer": _tokenizer,
         "corpus": _corpus,
         "run": _run,
         "checkpoint": _checkpoint,
+        "adapter": _adapter,
         "model": _model,
         "onnx": _onnx,
     }
@@ -96,6 +98,8 @@ def _run(folder: Path) -> dict[str, Any]:
     facts["checkpoints"] = [path.name for path in artefacts.checkpoints_of(folder)]
     result = folder / artefacts.RESULT
     facts["model"] = _model(result) if artefacts.is_model(result) else None
+    if artefacts.is_adapter(result):
+        facts["adapter"] = _adapter(result)
     return facts
 
 
@@ -107,7 +111,8 @@ def _bits(record: dict[str, Any]) -> float | None:
 def _checkpoint(folder: Path) -> dict[str, Any]:
     state = artefacts.read_json(folder / "state.json")
     facts = {key: value for key, value in state.items() if isinstance(value, int | float | str | None)}
-    return {**facts, **_model(folder), "sound": not manifest_problems(folder)}
+    described = _adapter if artefacts.is_adapter(folder) else _model
+    return {**facts, **described(folder), "sound": not manifest_problems(folder)}
 
 
 def _model(folder: Path) -> dict[str, Any]:
@@ -122,6 +127,14 @@ def _model(folder: Path) -> dict[str, Any]:
     facts["dtype"] = ", ".join(sorted({entry.dtype for entry in entries.values()}))
     facts["weight_bytes"] = sum(entry.end - entry.start for entry in entries.values())
     return {**facts, **_beside(folder)}
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    said = artefacts.read_json(folder / artefacts.ADAPTER_CONFIG)
+    keys = ("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "use_dora", "target_modules")
+    header = read_header(folder / "adapter_model.safetensors")
+    counted = {"parameters": sum(entry.count for entry in header.values()), "tensors": len(header)}
+    return {**{key: said[key] for key in keys if key in said}, **counted, **_beside(folder)}
 
 
 def _onnx(folder: Path) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def verify(path: str | Path, *, values: bool = False) -> Verdict:
         "corpus": lambda: _corpus(place),
         "run": lambda: _run(place, values),
         "checkpoint": lambda: _checkpoint(place, values),
-        "model": lambda: _model(place, values),
+        "adapter": lambda: _weights(place, values),
+        "model": lambda: _weights(place, values),
         "onnx": lambda: _onnx(place, values),
     }
     problems = tuple(dict.fromkeys(_collected(checks[kind], place)))
@@ -139,6 +140,21 @@ def _corpus_tokenizer(folder: Path, content: Mapping[str, Any]) -> Iterator[str]
 
 # ----------------------------------------------------------------------------------------------------------------
 # Models, checkpoints, runs
+
+
+def _weights(folder: Path, values: bool) -> Iterator[str]:
+    """A model's folder, or an adapter's."""
+    return _adapter(folder, values) if artefacts.is_adapter(folder) else _model(folder, values)
+
+
+def _adapter(folder: Path, values: bool) -> Iterator[str]:
+    yield from _manifest(folder)
+    yield from _errors(lambda: artefacts.read_json(folder / artefacts.ADAPTER_CONFIG), folder)
+    path = folder / "adapter_model.safetensors"
+    problems = _errors(partial(read_header, path), folder)
+    yield from problems
+    if not problems and values:
+        yield from _value_problems(path)
 
 
 def _model(folder: Path, values: bool) -> Iterator[str]:
@@ -267,7 +283,7 @@ def _checkpoint(folder: Path, values: bool) -> Iterator[str]:
     yield from manifest_problems(folder)
     yield from _errors(lambda: artefacts.read_json(folder / "state.json"), folder)
     yield from _errors(lambda: read_header(folder / "optimizer.safetensors"), folder)
-    yield from _collected(lambda: _model(folder, values), folder)
+    yield from _collected(lambda: _weights(folder, values), folder)
 
 
 def _run(folder: Path, values: bool) -> Iterator[str]:
@@ -280,7 +296,7 @@ def _run(folder: Path, values: bool) -> Iterator[str]:
         yield from (f"{name}: {problem}" for problem in found)
     result = folder / artefacts.RESULT
     if result.exists():
-        yield from (f"model: {problem}" for problem in _collected(lambda: _model(result, values), result))
+        yield from (f"model: {problem}" for problem in _collected(lambda: _weights(result, values), result))
     elif not artefacts.checkpoints_of(folder):
         yield "has neither a checkpoint nor a model"
 
