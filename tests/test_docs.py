@@ -96,7 +96,7 @@ tokenizer info tokenizer notes.txt
 data check notes.txt
 data prepare notes.txt -t tokenizer -o corpus
 pretrain corpus -o runs/first --layers 1 --hidden-size 16 --heads 2 --context 16 --max-steps 3 --threads 1
-finetune chat runs/first sums.jsonl -o runs/chat --max-steps 2 --on-long cut --threads 1
+finetune chat runs/first sums.jsonl -o runs/chat --max-steps 2 --threads 1
 finetune classify runs/first labels.tsv -o runs/adapter --lora --max-steps 2 --threads 1
 classify -m runs/first --adapter runs/adapter "A boat." --threads 1
 merge runs/first runs/adapter -o merged
@@ -120,8 +120,7 @@ def test_the_pipeline_of_the_readme_runs_from_end_to_end(llmcli: Run, tmp_path: 
     (tmp_path / "notes.txt").write_text("The old man went to the sea. Once upon a time there was a boat.\n" * 60)
     (tmp_path / "held-out.txt").write_text("The old man had a boat.\n" * 4)
     (tmp_path / "labels.tsv").write_text("text\tlabel\na boat\tsea\na man\tland\n" * 4)
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    (tmp_path / "sums.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 4)
+    (tmp_path / "sums.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n{"prompt": "1", "completion": "2"}\n')
     (tmp_path / "chat.jinja").write_text("{{ messages[-1].content }}")
     (tmp_path / "message.jsonl").write_text('{"role": "user", "content": "The old"}\n')
     write_bin(tmp_path / "stories15M.bin")

@@ -246,6 +246,10 @@ def test_labels_that_cannot_be_learnt_are_refused(tmp_path: Path, base: Path, la
     rows = list(task.encoded([LabelExample("a", ("x",), "f:1"), LabelExample("b", ("x",), "f:2")], tokenizer))
     with pytest.raises(DataError, match="every example has"):
         task.settle(rows, [])
+    rare = tmp_path / "rare.tsv"
+    rare.write_text(label_data.read_text() + "one of its own\trare\n")
+    for seed in range(6):  # a split of ours leaves it to training, whichever rows it takes
+        assert "validate" in plan_finetuning("classify", base, rare, tiny(seed=seed, val_split=0.5)).facts["data"]
     unseen = tmp_path / "dev.tsv"
     unseen.write_text("text\tlabel\nan odd thing\todd\n")
     with pytest.raises(DataError, match=r"dev.tsv:2.*'odd' is not among those trained on"):

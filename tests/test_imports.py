@@ -60,7 +60,6 @@ STAGED = {
     "onnx/external.py:ExternalData.__init__": "the large tensors, into the staged folder it is given",
     "onnx/folder.py:_write": "the graph, into the staged folder it is given",
     "operations/run_folder.py:RunFolder.save": "a checkpoint's files, into the staged folder it is given",
-    "operations/adapter_run.py:AdapterModel.write": "the tokenizer beside the adapter, into its staged folder",
     "operations/run_folder.py:WholeModel.write": "the tokenizer beside the model, into the staged folder it is given",
 }
 
@@ -122,6 +121,19 @@ def test_the_package_itself_imports_nothing() -> None:
 def test_importing_the_command_line_loads_no_heavy_package() -> None:
     loaded = run_python("import sys, llmcli.cli.main; print(' '.join(sys.modules))").split()
     assert not [name for name in loaded if name.partition(".")[0] in BARRED_FROM_HELP]
+
+
+def test_laying_out_a_model_imports_no_compiler() -> None:
+    """torch._dynamo costs seconds, and a checkpoint's shapes are looked up on the meta device at every start."""
+    script = """
+        import sys
+        from llmcli.models.config import DecoderConfig
+        from llmcli.models.folder import expected_shapes
+        for family in ("qwen3", "gpt2"):
+            expected_shapes(DecoderConfig(family, 50, 16, 2, 2, 2, 8, 24, 64))
+        print("torch._dynamo" in sys.modules)
+    """
+    assert run_python(script).strip() == "False"
 
 
 # ----------------------------------------------------------------------------------------------------------------

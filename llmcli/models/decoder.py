@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from llmcli.models.cache import KeyValueCache, causal_window
 from llmcli.models.config import DecoderConfig
-from llmcli.models.ops import Conv1D, LayerNorm, Linear, RMSNorm, apply_rope, attend, joined, swiglu
+from llmcli.models.ops import Conv1D, Embedding, LayerNorm, Linear, RMSNorm, apply_rope, attend, joined, swiglu
 from llmcli.models.segments import Segments, attend_apart
 
 Mask = Tensor | Segments | None  # None: causal
@@ -35,7 +35,7 @@ def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor: 
 
 def rope_frequencies(config: DecoderConfig) -> Tensor:
     """Angles a position turns each pair of a head by: (D / 2,), float32."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     if config.rope_scaling is None:
         return frequencies
@@ -125,7 +125,7 @@ class LlamaModel(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.frequencies: Tensor
@@ -198,8 +198,8 @@ class GPT2Model(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.wte = Embedding(config.vocab_size, config.hidden_size)
+        self.wpe = Embedding(config.max_position_embeddings, config.hidden_size)
         self.h = nn.ModuleList(GPT2Layer(config, index) for index in range(config.num_hidden_layers))
         self.ln_f = LayerNorm(config.hidden_size, eps=config.norm_eps)
 

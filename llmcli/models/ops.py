@@ -25,11 +25,24 @@ class Linear(nn.Linear):
         self.adapter: Any = None  # a low-rank part, see models/lora.py
         self.fused: Tensor | None = None  # of the first of several maps of one input: the memory of all their weights
 
+    def reset_parameters(self) -> None:
+        """Draws values where there is memory for them: on the meta device that would import the compiler."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         if self.adapter is not None:
             return adapted(x, self)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class Embedding(nn.Embedding):
+    """An embedding; as `Linear` it draws nothing on the meta device."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class Conv1D(nn.Module):

@@ -78,9 +78,9 @@ def read_data(
     if held_out:
         _refuse_overlap(train, validation, config)
     elif config.val_split:
-        train, validation = _split(train, config)
+        train, validation = _learnable(*_split(train, config), task)
     if not train:
-        raise DataError("no example is left to train on", where=inputs[0])
+        raise DataError(f"no example is left to train on: none fits in {longest:,} tokens", where=inputs[0])
     task.settle(train, validation)
     digest = hashlib.sha256()
     for rows in (train, validation):
@@ -135,6 +135,16 @@ def _split(rows: list[Row], config: FinetuneConfig) -> tuple[list[Row], list[Row
     train = [row for row, mark in zip(rows, marks, strict=True) if mark not in chosen]
     held = [row for row, mark in zip(rows, marks, strict=True) if mark in chosen]
     return (train, held) if train else (rows, [])
+
+
+def _learnable(train: list[Row], validation: list[Row], task: Task) -> tuple[list[Row], list[Row]]:
+    """Gives training back what only validation would have: a rare label must be learnt before it is measured."""
+    known = {each for row in train for each in task.classes(row)}
+    back = {row.ids.tobytes() for row in validation if not known.issuperset(task.classes(row))}
+    if not back:
+        return train, validation
+    held = [row for row in validation if row.ids.tobytes() not in back]
+    return [*train, *(row for row in validation if row.ids.tobytes() in back)], held
 
 
 def _refuse_overlap(train: Sequence[Row], validation: Sequence[Row], config: FinetuneConfig) -> None:

@@ -69,6 +69,10 @@ class ChatTask:
         kept = Row(row.ids[:length], row.wanted[:length], row.where)
         return kept if kept.wanted[1:].any() else None
 
+    def classes(self, row: Row) -> Sequence[str]:
+        """None: any text can be measured."""
+        return ()
+
     def settle(self, train: Sequence[Row], validation: Sequence[Row]) -> None:
         """Any rows will do."""
 

@@ -63,6 +63,10 @@ class ClassifyTask:
         """The begin of the text."""
         return Row(row.ids[:length], row.wanted, row.where)
 
+    def classes(self, row: Row) -> Sequence[str]:
+        """Its labels."""
+        return row.wanted  # type: ignore[no-any-return]
+
     def settle(self, train: Sequence[Row], validation: Sequence[Row]) -> None:
         """The labels and their weights."""
         counts: dict[str, int] = {}

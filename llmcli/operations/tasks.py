@@ -50,6 +50,9 @@ class Task(Protocol):
     def cut(self, row: Row, length: int) -> Row | None:
         """A row of at most `length` ids; None where nothing is left to learn."""
 
+    def classes(self, row: Row) -> Sequence[str]:
+        """What of a row can only be measured where it was trained on; see `finetune_data`."""
+
     def settle(self, train: Sequence[Row], validation: Sequence[Row]) -> None:
         """Looks at all rows at once. Raises DataError for what cannot be learnt, or not be measured."""
 
