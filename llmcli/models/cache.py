@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +44,7 @@ class KeyValueCache:
         Raises UsageError when a row would pass the context.
         """
         shortest, longest = int(self.lengths.min()), int(self.lengths.max())
-        self._check_room(longest + count)
-        self._reserve(longest + count)
+        self.make_room(count)
         device = self.keys[0].device
         self._start, self._end = longest, longest + count
         if shortest == longest:
@@ -57,6 +57,12 @@ class KeyValueCache:
             positions = (self.lengths[:, None] + torch.arange(count)).to(device)
             self._positions = positions
         return positions, causal_window(positions, torch.arange(self._end, device=device), self.window)
+
+    def make_room(self, count: int) -> None:
+        """Grows, where it must, for `count` more tokens a row. Raises UsageError where a row would pass the context."""
+        longest = int(self.lengths.max()) + count
+        self._check_room(longest)
+        self._reserve(longest)
 
     def put(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the new keys and values (B, K, T, D) of a layer and returns all of them: (B, K, S, D)."""
@@ -120,6 +126,36 @@ class KeyValueCache:
         new = old.new_zeros((*old.shape[:2], self.capacity, old.shape[3]))
         new[:, :, : old.size(2)] = old
         return new
+
+
+class Step:
+    """A cache as a step of one token a row sees it: shapes depend on rows and capacity alone, nothing waits for a device.
+
+    It holds until the cache gets other tensors, as it does when it grows or rows are chosen: see `fits`.
+    """
+
+    def __init__(self, cache: KeyValueCache, kernels: Any = None) -> None:
+        """`kernels`: those that do the whole of attention, where there are some (`ops.cuda_kernels`)."""
+        self.keys, self.values, self.window, self.kernels = cache.keys, cache.values, cache.window, kernels
+        device = cache.keys[0].device
+        self.positions = torch.zeros(cache.rows, 1, dtype=torch.long, device=device)  # of the new tokens
+        self._places = torch.arange(cache.capacity, device=device)
+
+    def fits(self, cache: KeyValueCache) -> bool:
+        """Whether the cache still has the tensors that the step was made for."""
+        return self.keys is cache.keys
+
+    def begin(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """The positions (B, 1), and the mask over the whole capacity (B, 1, 1, capacity), None for the kernels."""
+        assert count == 1
+        mask = None if self.kernels is not None else causal_window(self.positions, self._places, self.window)
+        return self.positions, mask
+
+    def put(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the new keys and values (B, K, 1, D) of a layer and returns the whole capacity's."""
+        keys, values = self.keys[layer], self.values[layer]
+        index = self.positions[:, None, :, None].expand_as(key)
+        return keys.scatter_(2, index, key), values.scatter_(2, index, value)
 
 
 def causal_window(positions: Tensor, keys: Tensor, window: int | None) -> Tensor:

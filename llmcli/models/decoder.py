@@ -19,11 +19,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmcli.models.cache import KeyValueCache, causal_window
+from llmcli.models.cache import KeyValueCache, Step, causal_window
 from llmcli.models.config import DecoderConfig
-from llmcli.models.ops import Conv1D, Embedding, LayerNorm, Linear, RMSNorm, apply_rope, attend, joined, swiglu
+from llmcli.models.ops import (
+    Conv1D,
+    Embedding,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    apply_rope,
+    attend,
+    cuda_kernels,
+    gated,
+    joined,
+    swiglu,
+)
 from llmcli.models.segments import Segments, attend_apart
 
+Cache = KeyValueCache | Step
 Mask = Tensor | Segments | None  # None: causal
 
 
@@ -46,7 +59,7 @@ def rope_frequencies(config: DecoderConfig) -> Tensor:
     return frequencies * ((1 - smooth) / rule["factor"] + smooth)
 
 
-def _placed(ids: Tensor, cache: KeyValueCache | None, segments: Segments | None) -> tuple[Tensor, Mask]:
+def _placed(ids: Tensor, cache: Cache | None, segments: Segments | None) -> tuple[Tensor, Mask]:
     """Positions (B or 1, T) of the new tokens and what they attend to."""
     if segments is not None:
         return segments.positions, segments
@@ -60,7 +73,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.head_dim, self.window = layer, config.head_dim, config.sliding_window
         wide, narrow = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, wide, bias=config.attention_bias)
         self.k_proj = Linear(config.hidden_size, narrow, bias=config.attention_bias)
@@ -70,8 +83,12 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.qk_norm = config.qk_norm
+        self.sizes = (wide, narrow, narrow)
+        self.qkv_proj: nn.Module | None = None  # in place of the three, once they are fused (models/quantized.py)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None, mask: Mask) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, mask: Mask) -> Tensor:
+        if isinstance(cache, Step) and cache.kernels is not None and self.qkv_proj is not None:
+            return self.o_proj(self._stepped(self.qkv_proj(x), cos, sin, cache))
         heads = (*x.shape[:2], -1, self.head_dim)  # (B, T, H, D)
         parts = self._projected(x)
         query, key, value = parts[0].reshape(heads), parts[1].reshape(heads), parts[2].reshape(heads)
@@ -83,10 +100,18 @@ class Attention(nn.Module):
             key, value = cache.put(self.layer, key, value)
         return self.o_proj(_attended(query, key, value, mask))
 
+    def _stepped(self, qkv: Tensor, cos: Tensor, sin: Tensor, step: Step) -> Tensor:
+        """Norm, rotation, writing to the cache and attention of a token a row, as one kernel: -> (B, 1, H D)."""
+        norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.qk_norm else None
+        keys, values = step.keys[self.layer], step.values[self.layer]
+        assert step.kernels is not None
+        return step.kernels.attended(qkv, cos, sin, norms, keys, values, step.positions, self.window)
+
     def _projected(self, x: Tensor) -> Sequence[Tensor]:
+        if self.qkv_proj is not None:
+            return torch.split(self.qkv_proj(x), self.sizes, -1)
         if torch.is_grad_enabled():  # one product; to join the weights for a single token would cost more than it saves
-            sizes = [self.q_proj.out_features, self.k_proj.out_features, self.v_proj.out_features]
-            return torch.split(joined(x, self.q_proj, self.k_proj, self.v_proj), sizes, -1)
+            return torch.split(joined(x, self.q_proj, self.k_proj, self.v_proj), self.sizes, -1)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
 
@@ -98,8 +123,11 @@ class GatedMLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_up_proj: nn.Module | None = None  # in place of the two, once they are fused
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gate_up_proj is not None:
+            return self.down_proj(gated(self.gate_up_proj(x)))
         if torch.is_grad_enabled():
             return self.down_proj(swiglu(joined(x, self.gate_proj, self.up_proj)))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -115,7 +143,7 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None, mask: Mask) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, mask: Mask) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -133,7 +161,7 @@ class LlamaModel(nn.Module):
         self.sliding_window = config.sliding_window
 
     def forward(
-        self, ids: Tensor, cache: KeyValueCache | None, dtype: torch.dtype, segments: Segments | None = None
+        self, ids: Tensor, cache: Cache | None, dtype: torch.dtype, segments: Segments | None = None
     ) -> Tensor:  # (B, T) -> (B, T, C)
         x = self.embed_tokens(ids).to(dtype)
         positions, mask = _placed(ids, cache, segments)
@@ -158,7 +186,7 @@ class GPT2Attention(nn.Module):
         self.c_attn = Conv1D(config.hidden_size, 3 * config.hidden_size)
         self.c_proj = Conv1D(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None, mask: Mask) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None, mask: Mask) -> Tensor:
         parts = self.c_attn(x).view(*x.shape[:2], 3, -1, self.head_dim)  # (B, T, 3, H, D)
         query, key, value = (part.transpose(1, 2) for part in parts.unbind(2))
         if cache is not None:
@@ -188,7 +216,7 @@ class GPT2Layer(nn.Module):
         self.ln_2 = LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = GPT2MLP(config)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None, mask: Mask) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None, mask: Mask) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
@@ -204,7 +232,7 @@ class GPT2Model(nn.Module):
         self.ln_f = LayerNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(
-        self, ids: Tensor, cache: KeyValueCache | None, dtype: torch.dtype, segments: Segments | None = None
+        self, ids: Tensor, cache: Cache | None, dtype: torch.dtype, segments: Segments | None = None
     ) -> Tensor:  # (B, T) -> (B, T, C)
         positions, mask = _placed(ids, cache, segments)
         x = (self.wte(ids) + self.wpe(positions)).to(dtype)
@@ -220,6 +248,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None  # of the activations; None: the weights' own
+        self.head_product: nn.Module | None = None  # in place of the head's matrix, where it is quantized
         if config.model_type == "gpt2":
             self.transformer = GPT2Model(config)
         else:
@@ -253,7 +282,21 @@ class Decoder(nn.Module):
     def forward(self, ids: Tensor, cache: KeyValueCache | None = None, keep: int | None = None) -> Tensor:
         """Logits of the last `keep` positions, all when None: (B, T) -> (B, keep, V)."""
         states = self.hidden(ids, cache)
-        return F.linear(states if keep is None else states[:, -keep:], self.head.to(states.dtype))
+        return self.logits(states if keep is None else states[:, -keep:])
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits of hidden states: (..., C) -> (..., V)."""
+        if self.head_product is not None:
+            return self.head_product(states)
+        return F.linear(states, self.head.to(states.dtype))
+
+    def step(self, ids: Tensor, step: Step) -> Tensor:
+        """Logits after one more token a row, float32: (B, 1) -> (B, V). Nothing in here waits for the device.
+
+        The shapes depend on rows and capacity alone, so it can be captured once and replayed.
+        """
+        states: Tensor = self.body(ids, step, self.compute_dtype or self.embedding.dtype)
+        return self.logits(states[:, 0]).float()
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -266,6 +309,12 @@ class Decoder(nn.Module):
         weight = self.embedding
         dtype = self.compute_dtype or weight.dtype
         return KeyValueCache(self.config, rows, capacity, device=weight.device, dtype=dtype)
+
+    def new_step(self, cache: KeyValueCache) -> Step:
+        """A step over a cache; with our kernels where they serve: on CUDA, for a model that was fused."""
+        layer = self.layers[0]
+        fused = isinstance(layer, Layer) and layer.self_attn.qkv_proj is not None
+        return Step(cache, cuda_kernels() if fused and cache.keys[0].is_cuda else None)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> Decoder:

@@ -6,7 +6,9 @@ casts its weight as it is used, so one set of parameters serves training and inf
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,18 @@ from torch import Tensor, nn
 # Up to this many positions the probabilities of a layer are kept for the backward pass on the CPU: there the fused
 # kernel's backward runs at 100 GFLOP/s, plain products at 400 (docs/log.md, "Pretraining speed").
 EXPLICIT_POSITIONS = 1024
+
+
+@functools.cache
+def cuda_kernels() -> ModuleType | None:
+    """Our own kernels, where triton loads and compiles; tried once, with a run of one of them."""
+    try:
+        from llmcli.models import kernels
+
+        kernels.gated(torch.zeros(1, 16, device="cuda"))
+    except Exception:  # no triton, no compiler for its launcher, a device that it does not know: each its own kind
+        return None
+    return kernels
 
 
 class Linear(nn.Linear):
@@ -71,6 +85,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., size) -> (..., size)
         if torch.is_grad_enabled():
             return RMSNormFunction.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        if x.is_cuda:  # one kernel instead of six
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         wide = x.float()
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return scaled.to(x.dtype) * self.weight.to(x.dtype)
@@ -159,6 +175,16 @@ class SwiGLUFunction(torch.autograd.Function):
         gate, up = gate_and_up.chunk(2, -1)
         of_gate = torch.ops.aten.silu_backward(gradient * up, gate)
         return torch.cat((of_gate, gradient * F.silu(gate)), -1)
+
+
+def gated(gate_and_up: Tensor) -> Tensor:
+    """`swiglu` without gradients, as one kernel where there are kernels."""
+    if gate_and_up.is_cuda:
+        kernels = cuda_kernels()
+        if kernels is not None:
+            return cast(Tensor, kernels.gated(gate_and_up))
+    gate, up = gate_and_up.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 def joined(x: Tensor, *maps: Linear) -> Tensor:

@@ -13,20 +13,30 @@ from llmcli.runtime.session import Session
 
 
 def open_session(
-    folder: str | Path | ModelPlace, *, device: str = "auto", threads: int | None = None, fast: bool = False
+    folder: str | Path | ModelPlace,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    fast: bool = False,
+    quantize: str | None = None,
 ) -> Session:
     """Loads a model folder. `device`: auto, cpu, cuda or mps; one that does not work is an error, never another.
 
-    `fast`: rows of a batch may depend on each other, where that is faster (ONNX folders in int8).
+    `fast`: rows of a batch may depend on each other, where that is faster (ONNX folders in int8). `quantize`: int8 or
+    int4, to which weights are rounded as they are read (folders of safetensors).
     """
     found = folder if isinstance(folder, ModelPlace) else ModelPlace(Path(folder))
     place = found.folder
     if not is_onnx(place):
         from llmcli.runtime.torch_session import open_session as open_torch
 
-        return open_torch(place, device=device, threads=threads, adapter=found.adapter)
-    if device not in ("auto", "cpu"):
-        raise UsageError(f"ONNX folders run on the CPU; {device} needs the model that was exported", where="--device")
+        return open_torch(place, device=device, threads=threads, quantize=quantize, adapter=found.adapter)
+    if quantize is not None:
+        raise UsageError(
+            "an ONNX folder has the precision of its export; give the model that was exported", where="--quantize"
+        )
+    if device == "mps":
+        raise UsageError("ONNX folders run on cpu or cuda; mps needs the model that was exported", where="--device")
     from llmcli.runtime.onnx_session import OnnxSession
 
-    return OnnxSession(place, threads=threads, fast=fast)
+    return OnnxSession(place, threads=threads, fast=fast, device="cuda" if device == "cuda" else "cpu")
