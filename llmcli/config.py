@@ -311,6 +311,9 @@ class GenerateConfig:
         group="Machine",
     )
     device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
+    quantize: str | None = setting(
+        None, "Round the weights as they are read (not of ONNX folders).", group="Machine", choices=("int8", "int4")
+    )
     threads: int | None = setting(
         None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024
     )
@@ -331,6 +334,9 @@ class CompleteConfig:
     )
     truncate: bool = setting(False, "Keep the end of a prefix that is longer than the context.", group="Completion")
     device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
+    quantize: str | None = setting(
+        None, "Round the weights as they are read (not of ONNX folders).", group="Machine", choices=("int8", "int4")
+    )
     threads: int | None = setting(
         None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024
     )
@@ -357,6 +363,9 @@ class EvaluateConfig:
     )
     seed: int = setting(0, "Of the intervals, which are bootstrapped.", group="Measurement", minimum=0)
     device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
+    quantize: str | None = setting(
+        None, "Round the weights as they are read (not of ONNX folders).", group="Machine", choices=("int8", "int4")
+    )
     threads: int | None = setting(
         None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024
     )

@@ -23,6 +23,9 @@ class BenchConfig:
         False, "Let the rows of an int8 batch share their scales, as `generate --fast` does.", group="Measurement"
     )
     device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
+    quantize: str | None = setting(
+        None, "Round the weights as they are read (not of ONNX folders).", group="Machine", choices=("int8", "int4")
+    )
     threads: int | None = setting(
         None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024
     )

@@ -32,6 +32,9 @@ class ChatConfig:
     )
     fast: bool = setting(False, "Let guesses share a run with their text where rounding shows.", group="Machine")
     device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
+    quantize: str | None = setting(
+        None, "Round the weights as they are read (not of ONNX folders).", group="Machine", choices=("int8", "int4")
+    )
     threads: int | None = setting(
         None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1
     )

@@ -37,10 +37,10 @@ class CachedPrompt:
     states: list[Array]
 
 
-def model_key(folder: Path) -> str:
-    """sha256 over the files that decide what a model computes; by the manifest where there is one."""
+def model_key(folder: Path, quantize: str | None = None) -> str:
+    """sha256 over what decides what a model computes: its files, by the manifest where there is one, and rounding."""
     entries = read_manifest(folder)["files"] if has_manifest(folder) else {}
-    found = {}
+    found = {} if quantize is None else {"quantize": quantize}
     for path in sorted({path for pattern in _OF_A_MODEL for path in folder.glob(pattern)}):
         entry = entries.get(path.name)
         if isinstance(entry, dict) and entry.get("size") == path.stat().st_size:

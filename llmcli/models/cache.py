@@ -129,7 +129,7 @@ class KeyValueCache:
 
 
 class Step:
-    """A cache as a step of one token a row sees it: shapes depend on rows and capacity alone, nothing waits for a device.
+    """A cache as a step of one token a row sees it: shapes depend on rows and capacity alone, no device is awaited.
 
     It holds until the cache gets other tensors, as it does when it grows or rows are chosen: see `fits`.
     """

@@ -310,6 +310,11 @@ class Decoder(nn.Module):
         dtype = self.compute_dtype or weight.dtype
         return KeyValueCache(self.config, rows, capacity, device=weight.device, dtype=dtype)
 
+    def step_bytes(self) -> int:
+        """Bytes of weights that a step reads: all but an embedding of which it looks single rows up."""
+        looked_up = self.head_product is not None or not self.config.tie_word_embeddings
+        return sum(each.nbytes for each in self.parameters()) - (self.embedding.nbytes if looked_up else 0)
+
     def new_step(self, cache: KeyValueCache) -> Step:
         """A step over a cache; with our kernels where they serve: on CUDA, for a model that was fused."""
         layer = self.layers[0]

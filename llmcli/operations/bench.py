@@ -78,7 +78,9 @@ def _measured(name: str, place: ModelPlace, config: BenchConfig, machine: float)
     folder = place.folder
     importlib.import_module("onnxruntime" if is_onnx(folder) else "llmcli.runtime.torch_session")
     before, began = _resident_bytes(), time.perf_counter()
-    session = open_session(place, device=config.device, threads=config.threads, fast=config.fast)
+    session = open_session(
+        place, device=config.device, threads=config.threads, fast=config.fast, quantize=config.quantize
+    )
     loaded = time.perf_counter()
     try:
         wanted = config.prompt_tokens + config.new_tokens
@@ -155,7 +157,7 @@ def copy_bandwidth(threads: int) -> float:
 def _weight_bytes(session: Session, folder: Path) -> int:
     """Of the weights that decoding reads: not those of a second graph for prompts."""
     if not is_onnx(folder):
-        return sum(weight.nbytes for weight in getattr(session, "model").parameters())  # noqa: B009  (torch's alone)
+        return int(getattr(session, "model").step_bytes())  # noqa: B009  (torch's alone)
     tensors = read_onnx(folder / GRAPH).tensors
     return sum({(tensor.location, tensor.offset): tensor.length for tensor in tensors if tensor.location}.values())
 

@@ -253,7 +253,12 @@ def open_chat(
     try:
         cache = None if prompt_cache is None else PromptCache(prompt_cache, cached_model(model))
         generator = open_generator(
-            model, device=config.device, threads=config.threads, fast=config.fast, speculation=speculation
+            model,
+            device=config.device,
+            threads=config.threads,
+            fast=config.fast,
+            quantize=config.quantize,
+            speculation=speculation,
         )
         return Chat(generator, opened, config, sampling, system=system, constraint=asked, prompt_cache=cache)
     except BaseException:

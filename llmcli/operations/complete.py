@@ -122,7 +122,7 @@ def complete(model: Model, prefix: str, config: CompleteConfig = CompleteConfig(
 
     place = find_model(model)
     tokenizer = load_tokenizer(place.texts)
-    session = open_session(place, device=config.device, threads=config.threads)
+    session = open_session(place, device=config.device, threads=config.threads, quantize=config.quantize)
     try:
         return Completer(session, tokenizer).complete(prefix, config)
     finally:

@@ -86,7 +86,7 @@ def evaluate(
     place = find_model(model)
     sources = find_inputs(inputs)
     tokenizer = load_tokenizer(place.texts)
-    session = open_session(place, device=config.device, threads=config.threads)
+    session = open_session(place, device=config.device, threads=config.threads, quantize=config.quantize)
     try:
         scorer = _Scorer(session, tokenizer, config)
         began = time.perf_counter()

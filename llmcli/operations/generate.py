@@ -319,15 +319,16 @@ def open_generator(
     device: str = "auto",
     threads: int | None = None,
     fast: bool = False,
+    quantize: str | None = None,
     speculation: SpeculationConfig = SpeculationConfig(),  # noqa: B008 -- frozen
 ) -> Generator:
-    """Loads a model folder, or a run's result. `fast`: see `GenerateConfig`."""
+    """Loads a model folder, or a run's result. `fast`, `quantize`: see `GenerateConfig`."""
     from llmcli.runtime.open import open_session
 
     place = find_model(model)
     tokenizer = load_tokenizer(place.texts)
     draft = check_speculation(speculation, tokenizer)
-    session = open_session(place, device=device, threads=threads, fast=fast)
+    session = open_session(place, device=device, threads=threads, fast=fast, quantize=quantize)
     guessing = open_speculation(speculation, session, draft, device=device, threads=threads, fast=fast)
     return Generator(session, tokenizer, end_ids(place.texts), guessing)
 
@@ -349,9 +350,14 @@ def generate(
     asked = read_constraint(constraint)
     if prompt_cache is not None and not isinstance(prompts, str):
         raise UsageError("a prompt cache goes with one prompt", where=str(prompt_cache))
-    cache = None if prompt_cache is None else PromptCache(prompt_cache, cached_model(model))
+    cache = None if prompt_cache is None else PromptCache(prompt_cache, cached_model(model), config.quantize)
     generator = open_generator(
-        model, device=config.device, threads=config.threads, fast=config.fast, speculation=speculation
+        model,
+        device=config.device,
+        threads=config.threads,
+        fast=config.fast,
+        quantize=config.quantize,
+        speculation=speculation,
     )
     try:
         texts = [prompts] if isinstance(prompts, str) else prompts

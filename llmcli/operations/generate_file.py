@@ -123,7 +123,12 @@ def generate_file(
             raise UsageError("holds more prompts than the input; --overwrite begins anew", where=str(place))
 
     generator = open_generator(
-        model, device=config.device, threads=config.threads, fast=config.fast, speculation=speculation
+        model,
+        device=config.device,
+        threads=config.threads,
+        fast=config.fast,
+        quantize=config.quantize,
+        speculation=speculation,
     )
     with contextlib.closing(generator.session), contextlib.closing(_Output(place, sum(kept.sizes))) as writing:
         yield FileStarted(seed, len(kept.keys))

@@ -19,10 +19,13 @@ _LEAST = 2  # tokens that must be shared: nearly all prompts of a model begin wi
 class PromptCache:
     """A file with the begin of a prompt."""
 
-    def __init__(self, path: str | Path, model: Path) -> None:
-        """`model`: its folder. Raises UsageError for a file of another model, DataError for one that is damaged."""
+    def __init__(self, path: str | Path, model: Path, quantize: str | None = None) -> None:
+        """`model`: its folder; `quantize`: as it is opened, which makes another model of it.
+
+        Raises UsageError for a file of another model, DataError for one that is damaged.
+        """
         self.path = Path(path)
-        self._key = model_key(model)
+        self._key = model_key(model, quantize)
         self._prompt: CachedPrompt | None = None
         self.reused = 0  # tokens of the last prompt that came from the file
         if self.path.exists():

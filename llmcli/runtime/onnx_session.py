@@ -19,11 +19,12 @@ from llmcli.data.cores import available_cores
 from llmcli.errors import DataError, UsageError
 from llmcli.files.artefacts import GRAPH, PREFILL
 from llmcli.files.onnx_header import EXPECTED, read_onnx
+from llmcli.runtime.onnx_device import DeviceCache, HostCache, check_device, check_graph, providers
 from llmcli.runtime.portable_rows import PortableRows
 from llmcli.runtime.session import FLOAT_ERROR, HALF_ERROR, QUANTIZED_ERROR, Ids, Logits, Mask, States
 
 # Facts of the graph: its context; whether its rows are "independent"; whether it is "portable".
-CONTEXT, ROWS, TARGET = "llmcli.context", "llmcli.rows", "llmcli.target"
+CONTEXT, ROWS, TARGET, PRECISION = "llmcli.context", "llmcli.rows", "llmcli.target", "llmcli.precision"
 _SCORED = 1 << 23  # logits that scoring holds at once
 _CHUNK = 256  # tokens of a row that one run takes: attention holds heads x chunk x capacity numbers
 _PROMPT = 16  # tokens from which a second graph reads them; fewer may be a draft, which must come out as it would alone
@@ -32,23 +33,33 @@ _HEADROOM = 64  # entries beyond the prompt that the cache begins with
 
 
 class OnnxSession:
-    """A `Session` over a graph of onnxruntime on the CPU."""
+    """A `Session` over a graph of onnxruntime, on the CPU or on CUDA."""
 
-    def __init__(self, folder: Path, *, threads: int | None = None, prefill: bool = True, fast: bool = False) -> None:
-        """Opens a folder. `prefill`: with its second graph for prompts, where it has one.
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        threads: int | None = None,
+        prefill: bool = True,
+        fast: bool = False,
+        device: str = "cpu",
+    ) -> None:
+        """Opens a folder. `prefill`: with its second graph for prompts, where it has one. `device`: cpu or cuda.
 
         `fast`: rows whose products share a scale run together: much faster, but a row then depends on its neighbours.
         """
         self._fast = fast
         facts = GraphFacts(folder / GRAPH)
-        engine = _opened(folder / GRAPH, threads)
-        self._shape = _GraphShape(engine, facts)
+        if device == "cuda":
+            check_graph(facts.precision, str(folder))
+        engine = _opened(folder / GRAPH, threads, device)
+        self._shape = _GraphShape(engine, facts, device)
         self._engines = _Engines(engine, engine)
         if prefill and (folder / PREFILL).is_file():
             second = GraphFacts(folder / PREFILL)
             if (second.layers, second.context) != (facts.layers, facts.context):
                 raise DataError(f"is of another model than {GRAPH}", where=str(folder / PREFILL))
-            self._engines = _Engines(engine, _opened(folder / PREFILL, threads))
+            self._engines = _Engines(engine, _opened(folder / PREFILL, threads, device))
         self.vocab_size, self.context = self._shape.vocab_size, self._shape.context
         error = QUANTIZED_ERROR if facts.quantized else FLOAT_ERROR if self._shape.dtype is np.float32 else HALF_ERROR
         self.run_error = error if facts.independent else None
@@ -187,10 +198,11 @@ class _Engines(NamedTuple):
     prompt: Any
 
 
-def _opened(graph: Path, threads: int | None) -> Any:
+def _opened(graph: Path, threads: int | None, device: str) -> Any:
     """A graph in onnxruntime."""
     import onnxruntime
 
+    wanted = providers(device)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or available_cores()
     options.inter_op_num_threads = 1
@@ -199,9 +211,11 @@ def _opened(graph: Path, threads: int | None) -> Any:
     # longer, as on a busy machine they take the cores from whom they wait for (docs/log.md).
     options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN)
     try:
-        return onnxruntime.InferenceSession(str(graph), options, ["CPUExecutionProvider"])
+        engine = onnxruntime.InferenceSession(str(graph), options, wanted)
     except Exception as error:  # the library raises its own kinds
         raise DataError(f"cannot be opened: {' '.join(str(error).split())[:300]}", where=str(graph)) from error
+    check_device(engine, device)
+    return engine
 
 
 class GraphFacts:
@@ -229,6 +243,8 @@ class GraphFacts:
         self.portable = header.metadata.get(TARGET) == "portable"
         self.quantized = any("NBits" in name or "Quantize" in name or "Integer" in name for name in header.operators)
 
+        self.precision = "a portable graph" if self.portable else header.metadata.get(PRECISION, "of another precision")
+
     def _caches(self, stem: str) -> list[str]:
         return [f"{stem}.{layer}.{kind}" for layer in range(self.layers) for kind in ("key", "value")]
 
@@ -236,7 +252,8 @@ class GraphFacts:
 class _GraphShape:
     """The sizes of the graph's cache and logits."""
 
-    def __init__(self, engine: Any, facts: GraphFacts) -> None:
+    def __init__(self, engine: Any, facts: GraphFacts, device: str) -> None:
+        self.device = device
         cache = next(item for item in engine.get_inputs() if item.name == "past_key_values.0.key")
         logits = next(item for item in engine.get_outputs() if item.name == "logits")
         self.layers, self.context, self.independent = facts.layers, facts.context, facts.independent
@@ -254,16 +271,17 @@ class _Binding:
         self.ids = np.zeros((count, tokens), np.int64)
         self._keep = np.array([keep], np.int64)
         self.logits = np.empty((count, min(keep, tokens), shape.vocab_size), np.float32)
-        self._alive = [rows.mask[first : first + count], *(cache[first : first + count] for cache in rows.caches)]
+        self._alive = [rows.mask[first : first + count], *rows.caches]
         self._io = self._engine.io_binding()
         self._bind("input_ids", self.ids)
         self._bind("num_logits_to_keep", self._keep)
-        self._bind("attention_mask", self._alive[0])
+        self._bind("attention_mask", rows.mask[first : first + count])
         self._bind("logits", self.logits, output=True)
         names = [f"{layer}.{kind}" for layer in range(shape.layers) for kind in ("key", "value")]
-        for name, cache in zip(names, self._alive[1:], strict=True):
-            self._bind(f"past_key_values.{name}", cache)
-            self._bind(f"present.{name}", cache, output=True)
+        for name, cache in zip(names, rows.caches, strict=True):
+            place = (cache.device, 0, cache.dtype, (count, *cache.shape[1:]), cache.address(first))
+            self._io.bind_input(f"past_key_values.{name}", *place)
+            self._io.bind_output(f"present.{name}", *place)
 
     def _bind(self, name: str, array: npt.NDArray[Any], *, output: bool = False) -> None:
         bind = self._io.bind_output if output else self._io.bind_input
@@ -284,7 +302,10 @@ class Rows:
         self.lengths = [0] * count
         self.mask = np.zeros((count, self.capacity), np.int64)
         size = (count, shape.heads, self.capacity, shape.head_dim)
-        self.caches = [np.zeros(size, shape.dtype) for _ in range(2 * shape.layers)]
+        self.caches = [
+            HostCache(size, shape.dtype) if shape.device == "cpu" else DeviceCache(size, shape.dtype, shape.device)
+            for _ in range(2 * shape.layers)
+        ]
         self._bindings: dict[tuple[int, ...], _Binding] = {}
 
     def step(self, ids: Ids) -> Logits:
@@ -334,13 +355,13 @@ class Rows:
 
     def held(self, row: int) -> list[States]:
         """The keys and values of a row, layer by layer: each (K, length, D)."""
-        return [cache[row, :, : self.lengths[row]] for cache in self.caches]
+        return [cache.read(row, self.lengths[row]) for cache in self.caches]
 
     def hold(self, row: int, states: Sequence[States]) -> None:
         """Puts keys and values into a row, in place of what it holds. There must be room."""
         length = states[0].shape[1]
         for cache, array in zip(self.caches, states, strict=True):
-            cache[row, :, :length] = array
+            cache.write(row, array)
         self.mask[row, :length] = 1
         self.cut(row, length)
 
@@ -364,9 +385,6 @@ class Rows:
         caches = list(self.caches)
         self.caches = []
         for place, old in enumerate(caches):
-            new = np.zeros((len(chosen), self.shape.heads, capacity, self.shape.head_dim), self.shape.dtype)
-            for row, source in enumerate(chosen):
-                new[row, :, : lengths[row]] = old[source, :, : lengths[row]]
-            self.caches.append(new)
-            caches[place] = new
+            self.caches.append(old.chosen(chosen, lengths, capacity))
+            caches[place] = self.caches[-1]
         self.lengths, self.mask, self.capacity = lengths, new_mask, capacity
