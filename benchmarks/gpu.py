@@ -13,6 +13,8 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ SHAPES = {  # hidden size, blocks, heads, key/value heads, feed-forward size
     "1b": (2048, 22, 32, 4, 5632),
     "7b": (4096, 32, 32, 32, 11008),
 }
+PRODUCTS = ((2560, 2048), (2048, 2048), (11264, 2048), (12288, 4096), (4096, 4096), (22016, 4096))
 
 
 def random_model(size: str) -> Decoder:
@@ -70,10 +73,10 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / best * 1e3
 
 
-def _milliseconds(run: object) -> float:
+def _milliseconds(run: Callable[[], object]) -> float:
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
-    run()  # type: ignore[operator]
+    run()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end)
@@ -97,41 +100,33 @@ def step_bytes(model: Decoder) -> int:
     return model.step_bytes() + held * (PROMPT + NEW // 2)
 
 
-def products(bandwidth: float) -> None:
-    """Times quantized products of one row, and torch's own kernels for the same shapes (bf16; int4's tinygemm)."""
+def products(outputs: int, inputs: int, bandwidth: float) -> None:
+    """Times products of one row with weights of each kind, and torch's own int4 kernel for the same shape."""
     kernels = cuda_kernels()
-    assert kernels is not None
-    print(f"\n{'outputs':>8} {'inputs':>7} {'product':<10} {'us':>8} {'of copy':>8}")
-    for outputs, inputs in ((2560, 2048), (2048, 2048), (11264, 2048), (12288, 4096), (4096, 4096), (22016, 4096)):
-        # So many matrices that the cache holds none of them from one round to the next.
-        weights = [
-            torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16)
-            for _ in range(max(2, (1 << 28) // (outputs * inputs)))
-        ]
-        x = torch.randn(1, inputs, device="cuda", dtype=torch.bfloat16)
-        timed = {"bf16": ([lambda w=w: torch.nn.functional.linear(x, w) for w in weights], weights[0].nbytes)}
-        for kind, bits in BITS.items():
-            made = [QuantizedLinear(weight, None, bits, "cuda") for weight in weights]
-            size = made[0].codes.nbytes + made[0].scales.nbytes
-            timed[kind] = (
-                [lambda q=q, b=bits: kernels.product(x, q.codes, q.scales, None, b, GROUP) for q in made],
-                size,
-            )
-        bytes_ = [torch.randint(0, 255, (outputs, inputs // 2), device="cuda", dtype=torch.uint8) for _ in weights]
-        tiny = [torch.ops.aten._convert_weight_to_int4pack(each, 8) for each in bytes_]
-        scales = torch.ones(inputs // GROUP, outputs, 2, device="cuda", dtype=torch.bfloat16)
-        calls = [lambda t=t: torch.ops.aten._weight_int4pack_mm(x, t, GROUP, scales) for t in tiny]
-        timed["tinygemm"] = (calls, bytes_[0].nbytes + scales.nbytes)
-        for name, (runs, size) in timed.items():
+    x = torch.randn(1, inputs, device="cuda", dtype=torch.bfloat16)
+    # So many matrices that the processor's cache holds none of them from one round to the next.
+    count = max(2, (1 << 28) // (outputs * inputs))
+    weights = [torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+    timed = {"bf16": ([partial(torch.nn.functional.linear, x, weight) for weight in weights], weights[0].nbytes)}
+    for kind, bits in BITS.items() if kernels is not None else ():
+        made = [QuantizedLinear(weight, None, bits, "cuda") for weight in weights]
+        calls = [partial(kernels.product, x, each.codes, each.scales, None, bits, GROUP) for each in made]
+        timed[kind] = (calls, made[0].codes.nbytes + made[0].scales.nbytes)
+    scales = torch.ones(inputs // GROUP, outputs, 2, device="cuda", dtype=torch.bfloat16)
+    codes = [torch.randint(0, 255, (outputs, inputs // 2), device="cuda", dtype=torch.uint8) for _ in weights]
+    tiny = [torch.ops.aten._convert_weight_to_int4pack(each, 8) for each in codes]
+    calls = [partial(torch.ops.aten._weight_int4pack_mm, x, each, GROUP, scales) for each in tiny]
+    timed["tinygemm"] = (calls, codes[0].nbytes + scales.nbytes)
+    for name, (runs, size) in timed.items():
+        for run in runs:
+            run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # what it costs to start a kernel from Python is not what is asked for
             for run in runs:
                 run()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # what starts a kernel from Python is not what is asked for
-                for run in runs:
-                    run()
-            graph.replay()
-            micro = 1e3 * statistics.median(_milliseconds(graph.replay) for _ in range(10)) / len(runs)
-            print(f"{outputs:>8} {inputs:>7} {name:<10} {micro:>8.1f} {size / micro * 1e6 / bandwidth:>7.0%}")
+        graph.replay()
+        micro = 1e3 * statistics.median(_milliseconds(graph.replay) for _ in range(10)) / len(runs)
+        print(f"{outputs:>8} {inputs:>7} {name:<10} {micro:>8.1f} {size / micro * 1e6 / bandwidth:>7.0%}", flush=True)
 
 
 def main() -> None:
@@ -148,9 +143,8 @@ def main() -> None:
     bandwidth, results = copy_bandwidth(), []
     torch.cuda.empty_cache()
     print(f"{torch.cuda.get_device_name()}: a copy reads and writes {bandwidth / 1e9:,.0f} GB/s")
-    print(
-        f"{'model':<6} {'weights':<8} {'GB/token':>9} {'tokens/s':>9} {'spread':>7} {'GB/s':>7} {'of copy':>8} {'bar':>5}"
-    )
+    head = f"{'model':<6} {'weights':<8} {'GB/token':>9} {'tokens/s':>9} {'spread':>7}"
+    print(f"{head} {'GB/s':>7} {'of copy':>8} {'bar':>5}")
     for size in options.sizes.split(","):
         for kind, bar in BARS.items():
             model = random_model(size)
@@ -175,7 +169,9 @@ def main() -> None:
             del session, model
             torch.cuda.empty_cache()
     if options.products:
-        products(bandwidth)
+        print(f"\n{'outputs':>8} {'inputs':>7} {'product':<10} {'us':>8} {'of copy':>8}")
+        for shape in PRODUCTS:
+            products(*shape, bandwidth)
     ok = all(float(str(item["share"])) >= float(str(item["bar"])) for item in results)
     facts = {"benchmark": "gpu", "device": torch.cuda.get_device_name(), "copy_bandwidth": bandwidth}
     print(json.dumps({**facts, "runs": results, "ok": ok}))

@@ -1,4 +1,4 @@
-"""Steps of fixed shapes, weights of few bits, and what CUDA runs; on the CPU as far as that goes, the rest marked `gpu`.
+"""Steps of fixed shapes, weights of few bits, and what CUDA runs: on the CPU where that goes, the rest marked `gpu`.
 
 The kernels are run without a GPU in Triton's interpreter, where triton is installed: `TRITON_INTERPRET=1 pytest
 tests/test_gpu.py`.
