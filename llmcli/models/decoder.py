@@ -83,7 +83,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.qk_norm = config.qk_norm
-        self.sizes = (wide, narrow, narrow)
+        self.sizes = [wide, narrow, narrow]
         self.qkv_proj: nn.Module | None = None  # in place of the three, once they are fused (models/quantized.py)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, mask: Mask) -> Tensor:

@@ -45,7 +45,7 @@ class QuantizedLinear(nn.Module):
         """The weights that the product computes with: (outputs, inputs)."""
         if self.bits == 8:
             return self.codes.to(dtype) * self.scales.to(dtype)
-        groups = unpacked(self.codes).unflatten(-1, (-1, GROUP)).to(dtype)
+        groups = unpacked(self.codes).view(self.out_features, -1, GROUP).to(dtype)
         return (groups * self.scales.to(dtype)[..., None]).flatten(1)[:, : self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:  # (..., inputs) -> (..., outputs)
@@ -62,13 +62,13 @@ def packed(codes: Tensor) -> Tensor:
 
     So both halves of a byte share a scale, and are multiplied with inputs that lie side by side.
     """
-    low, high = (codes + 8).to(torch.uint8).unflatten(-1, (-1, GROUP)).chunk(2, -1)
+    low, high = (codes + 8).to(torch.uint8).view(len(codes), -1, GROUP).chunk(2, -1)
     return (low | (high << 4)).flatten(1)
 
 
 def unpacked(data: Tensor) -> Tensor:
     """What `packed` was given, as int8: (outputs, n GROUP / 2) -> (outputs, n GROUP)."""
-    halves = data.unflatten(-1, (-1, GROUP // 2))
+    halves = data.view(len(data), -1, GROUP // 2)
     return torch.cat((halves & 15, halves >> 4), -1).flatten(1).to(torch.int8) - 8
 
 
@@ -81,7 +81,7 @@ def _rounded_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rounded_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Packed codes and the scales of the groups, chosen among some by the error that they leave."""
-    groups = F.pad(weight.float(), (0, -weight.size(1) % GROUP)).unflatten(-1, (-1, GROUP))
+    groups = F.pad(weight.float(), (0, -weight.size(1) % GROUP)).reshape(len(weight), -1, GROUP)
     extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))  # whose sign decides the scale's
     best = torch.full_like(extreme, torch.inf)
     scales, codes = torch.ones_like(extreme), torch.zeros_like(groups, dtype=torch.int8)

@@ -58,7 +58,7 @@ class Steps:
 
     def _capture(self) -> None:
         """Captures a step. To run it twice writes the same keys and values to the same places."""
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._model.step(self._ids, self._step)
