@@ -63,7 +63,7 @@ class DeviceCache(HostCache):
     def address(self, first: int) -> int:
         """Where the rows from `first` on begin, on the device."""
         row = int(np.prod(self.shape[1:])) * np.dtype(self.dtype).itemsize
-        return int(self._value.data_ptr()) + first * row
+        return int(self._value.data_ptr() + first * row)
 
     def read(self, row: int, length: int) -> States:
         """The first entries of a row, copied: (K, length, D)."""
