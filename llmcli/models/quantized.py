@@ -115,7 +115,8 @@ def fuse(model: Decoder) -> Decoder:
 
 def _joined(*maps: Linear) -> Linear:
     """One map whose outputs are those of several, side by side."""
-    made = Linear(maps[0].in_features, sum(each.out_features for each in maps), bias=False, device="meta")
+    with torch.device("meta"):
+        made = Linear(maps[0].in_features, sum(each.out_features for each in maps), bias=False)
     made.weight = nn.Parameter(torch.cat([each.weight for each in maps]), requires_grad=False)
     if maps[0].bias is not None:
         made.bias = nn.Parameter(torch.cat([each.bias for each in maps]), requires_grad=False)
