@@ -22,7 +22,8 @@ class ExportConfig:
         "auto",
         "How codes are chosen: round; search: scales of the least error; calibrated: the least error on text; "
         "sequential: block after block against the float model, the best and slowest; weight-only: int8 whose "
-        "activations stay unquantized between rows; auto: round.",
+        "activations stay unquantized between rows; auto: round, and int8 keeps the most sensitive products in blocks "
+        "where the check finds more than 0.5 % of perplexity lost.",
         group="Export",
         choices=("auto", "round", "search", "calibrated", "sequential", "weight-only"),
     )

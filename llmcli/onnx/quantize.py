@@ -100,8 +100,10 @@ def blocked(weight: Array, block_size: int) -> Array:
     return weight.reshape(outputs, -1, block_size)
 
 
-def storable(scales: Array) -> Array:
-    """The scales as float16 holds them, where it does to a part in a thousand: they take half the bytes then."""
+def storable(scales: Array, bits: int) -> Array:
+    """The scales of 4-bit codes as float16 holds them, where it does to a part in a thousand: half the bytes."""
+    if bits > 4:
+        return scales  # their error would be near the codes' own
     with np.errstate(over="ignore"):
         half = scales.astype(np.float16).astype(np.float32)
     return half if bool((np.abs(half - scales) <= 1e-3 * np.abs(scales)).all()) else scales
@@ -126,7 +128,9 @@ class RoundToNearest:
         """Rounds; without zero points, as the extreme decides the sign of the scale."""
         found = [_rounded(piece, scheme) for piece in _in_pieces(weight)]
         data = np.concatenate([each[0] for each in found])
-        return BlockQuantized(scheme, weight.shape[1], data, storable(np.concatenate([each[1] for each in found])))
+        return BlockQuantized(
+            scheme, weight.shape[1], data, storable(np.concatenate([each[1] for each in found]), scheme.bits)
+        )
 
 
 def _in_pieces(weight: Array, elements: int = 1 << 20) -> list[Array]:
@@ -174,6 +178,7 @@ class Plan:
     quantizer: Quantizer = dataclasses.field(default_factory=RoundToNearest)
     moments: Moments | Mapping[str, Array] = dataclasses.field(default_factory=dict)
     schemes: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
+    in_blocks: tuple[str, ...] = ()  # ends of names: matrices whose activations int8 quantizes block by block too
     portable: bool = False  # standard operators alone, among which nothing quantizes activations for the product
     common: float = 0.0  # share of the ids, the lowest, whose rows of embedding and head int4 keeps in int8
 
@@ -201,7 +206,7 @@ class Plan:
         if role == "embedding":
             # GatherBlockQuantized knows no block that is not full.
             return Scheme(FLOAT) if shape[1] % block else Scheme(BLOCKS, bits, block)
-        if not self.rows_are_independent and role != "head":
+        if not self.rows_are_independent and role != "head" and not (self.in_blocks and name.endswith(self.in_blocks)):
             return Scheme(CHANNELS, 8)
         return Scheme(BLOCKS, bits, block)
 

@@ -46,7 +46,7 @@ class Rounding:
         outputs, blocks = self.scales.shape
         data = packed(self.codes.reshape(outputs, blocks, -1), scheme.bits)
         zeros = packed(self.zeros.astype(np.uint8), scheme.bits) if zero_points else None
-        return BlockQuantized(scheme, inputs, data, storable(self.scales), zeros)
+        return BlockQuantized(scheme, inputs, data, storable(self.scales, scheme.bits), zeros)
 
 
 def searched(weight: Array, scheme: Scheme, importance: Array | None = None, *, zero_points: bool = False) -> Rounding:

@@ -15,7 +15,7 @@ from llmcli import config as configs
 from llmcli.config import ExportConfig, TextConfig
 from llmcli.data.cores import available_cores
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
-from llmcli.errors import ConfigError, DataError
+from llmcli.errors import CheckError, ConfigError, DataError
 from llmcli.files.artefacts import has_manifest, read_json, resolve_model, size_of
 from llmcli.files.atomic import refuse_existing, staged_folder, write_file, write_json
 from llmcli.files.manifest import read_manifest, sha256_of, versions, write_manifest
@@ -34,6 +34,9 @@ CONFIG, GENERATION, GENAI, REPORT = "config.json", "generation_config.json", "ge
 _CALIBRATED = 8192  # tokens
 # Of the ids: tokenizers give them in the order of merges, so the lowest quarter is three quarters of a text's tokens.
 _COMMON = 0.25
+# The products whose inputs reach furthest above the rest: in int8 with one scale for all of them these lose most.
+_SENSITIVE = ("mlp.down_proj", "mlp.c_proj")
+_LITTLE = 0.5  # percent of perplexity: int8 that costs more keeps the sensitive matrices in blocks
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -83,16 +86,58 @@ def export(
         plan = dataclasses.replace(plan, moments=_calibration(folder, shape, reference, config))
     if reference is not None and config.quantizer == "sequential":
         plan = dataclasses.replace(plan, quantizer=_sequential(folder, shape, reference, config))
+    source = _Source(folder, settings, shape, tokenizer, reference)
+    plans = [plan]
+    if config.check and (config.precision, config.quantizer, config.target) == ("int8", "auto", "ort"):
+        plans.append(dataclasses.replace(plan, in_blocks=_SENSITIVE))
+    for number, chosen in enumerate(plans, 1):
+        try:
+            report = yield from _exported(
+                source, output, chosen, config, began, overwrite=overwrite, exact=number < len(plans)
+            )
+        except CheckError:
+            if number == len(plans):
+                raise
+            continue
+        yield report
+        return
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What is exported."""
+
+    folder: Path
+    settings: dict[str, Any]  # of config.json
+    shape: DecoderConfig
+    tokenizer: TextTokenizer
+    text: ReferenceText | None  # to measure on
+
+
+def _exported(
+    source: _Source,
+    output: str | Path,
+    plan: Plan,
+    config: ExportConfig,
+    began: float,
+    *,
+    overwrite: bool,
+    exact: bool,
+) -> Generator[Progress, None, ExportReport]:
+    """Writes and checks one way of holding the matrices. `exact`: one that costs more than a little is refused too."""
+    folder = source.folder
     with staged_folder(output, overwrite=overwrite) as staged:
-        figures = yield from _write(folder, shape, plan, staged, config.prefill == "int8")
+        figures = yield from _write(folder, source.shape, plan, staged, config.prefill == "int8")
         size, seconds = size_of(staged), time.perf_counter() - began
-        _write_files(folder, settings, shape, tokenizer, staged, config.target == "portable")
+        _write_files(folder, source.settings, source.shape, source.tokenizer, staged, config.target == "portable")
         checks: CheckReport | None = None
-        for record in _checks(folder, staged, reference, figures.weights, config):
+        for record in _checks(folder, staged, source.text, figures.weights, config):
             if isinstance(record, Progress):
                 yield record
             else:
                 checks = record
+        if exact and checks is not None and checks.perplexity_increase_percent > _LITTLE:
+            raise CheckError("there is a way that may cost less perplexity")
         report = ExportReport(
             output=str(output),
             precision=config.precision,
@@ -106,8 +151,8 @@ def export(
         content = dataclasses.asdict(report)
         del content["output"]
         write_json(staged / REPORT, {"settings": dataclasses.asdict(config), "matrices": figures.kinds, **content})
-        write_manifest(staged, _lineage(folder, tokenizer))
-    yield report
+        write_manifest(staged, _lineage(folder, source.tokenizer))
+    return report
 
 
 def plan_of(config: ExportConfig) -> Plan:
