@@ -31,7 +31,7 @@ def exported(model: Path, output: Path, **settings: Any) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(
-        tmp_path_factory.mktemp("made") / "model", hidden_size=256, intermediate_size=1024, vocab_size=128
+        tmp_path_factory.mktemp("made") / "model", hidden_size=256, intermediate_size=1088, vocab_size=128
     )
 
 
@@ -107,10 +107,12 @@ def put_nan(proto: Any) -> None:
 def put_nan_beside(folder: Path) -> None:
     (folder / "manifest.json").unlink()
     proto = ir.serde.serialize_model(ir.load(folder / "model.onnx"))
-    scales = next(tensor for tensor in proto.graph.initializer if tensor.external_data and tensor.data_type == 1)
+    kinds = {1: np.float32, 10: np.float16}
+    scales = next(tensor for tensor in proto.graph.initializer if tensor.external_data and tensor.data_type in kinds)
     place = int(next(item.value for item in scales.external_data if item.key == "offset"))
     raw = bytearray((folder / "model.onnx.data").read_bytes())
-    raw[place : place + 4] = np.float32(np.inf).tobytes()
+    infinite = kinds[scales.data_type](np.inf).tobytes()
+    raw[place : place + len(infinite)] = infinite
     (folder / "model.onnx.data").write_bytes(bytes(raw))
 
 
