@@ -39,7 +39,7 @@ def _task(*own: type) -> Callable[[F], click.Command]:
 
 @_task()
 def chat(**values: Any) -> None:
-    r"""Fine-tune a model to answer: conversations, instructions, prompts with completions.
+    """Fine-tune a model to answer: conversations, instructions, prompts with completions.
 
     Learnt is what the assistant says, with the token that ends it. A model without a chat template gets ChatML.
     RUN/model holds the result, the best on validation. Ctrl-C saves; --resume goes on from there.
@@ -53,7 +53,7 @@ def chat(**values: Any) -> None:
 
 @_task(ClassifyTuneConfig)
 def classify(classify_tune_config: ClassifyTuneConfig, **values: Any) -> None:
-    r"""Fine-tune a model to give texts a label, or several.
+    """Fine-tune a model to give texts a label, or several.
 
     The names of the labels are kept in the model; `llmcli classify -m RUN` uses it.
 
