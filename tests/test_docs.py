@@ -200,3 +200,7 @@ def test_the_json_keys_that_files_md_promises_are_there(llmcli: Run, tmp_path: P
         assert found.returncode == 0, found.stderr
         for key in json.loads(found.stdout):
             assert f"`{key}`" in told, f"{line}: {key}"
+
+
+def test_no_page_shows_an_escape_that_was_meant_for_click() -> None:
+    assert "\\b" not in (ROOT / "docs" / "commands.md").read_text()

@@ -49,7 +49,7 @@ def chat(
     constraint_config: ConstraintConfig,
     speculation_config: SpeculationConfig,
 ) -> None:
-    r"""Talk with a model, turn by turn.
+    """Talk with a model, turn by turn.
 
     On a terminal: lines are messages, answers are streamed; /help lists the commands. Piped: each line is a message
     ({"role": "user", "content": "..."}), which goes on with the conversation, or a list of messages, which is a

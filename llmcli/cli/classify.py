@@ -21,7 +21,7 @@ from llmcli.errors import UsageError
 @settings(ClassifyConfig)
 @shared_options
 def classify(texts: tuple[str, ...], model: str, source: str | None, classify_config: ClassifyConfig) -> None:
-    r"""Give texts the label that a model has learnt, with its probability.
+    """Give texts the label that a model has learnt, with its probability.
 
     Each TEXT is one; of piped text (or -) each line. Without --json a line holds label, probability and text, with tabs
     between.

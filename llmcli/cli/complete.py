@@ -21,7 +21,7 @@ _ESCAPED = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})
 @settings(CompleteConfig)
 @shared_options
 def complete(prefix: tuple[str, ...], model: str, complete_config: CompleteConfig) -> None:
-    r"""List the most probable completions of a prefix.
+    """List the most probable completions of a prefix.
 
     A line each: the probability, a tab, and what comes after PREFIX, up to the end of a word or a line (spaces and line
     ends before it are kept; line ends show as \n). The tokens of the last word of PREFIX may be chosen anew by the

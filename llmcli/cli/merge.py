@@ -15,7 +15,7 @@ from llmcli.cli.streams import notice, write_json, write_out
 @overwrite_option
 @shared_options
 def merge(base: str, adapter: str, output: str, overwrite: bool) -> None:
-    r"""Merge an adapter into its base: one model, which exports and runs like any other.
+    """Merge an adapter into its base: one model, which exports and runs like any other.
 
     BASE is a model or a run; ADAPTER a folder as PEFT keeps it, or a run of finetune --lora.
 

@@ -96,7 +96,7 @@ def _show_trained(report: TrainReport, config: TokenizerConfig) -> None:
 @_lines_option
 @shared_options
 def encode(text: tuple[str, ...], path: str, show: str, no_special: bool, lines: bool) -> None:
-    r"""Turn a text into token ids.
+    """Turn a text into token ids.
 
     The text is the argument, or what is piped, or both. The whole of stdin is one text, and not a byte of it is
     stripped. Special tokens that occur in the text are text. Bytes that are no whole character show as \xe4.
@@ -148,7 +148,7 @@ def _show_encoded(opened: TextTokenizer, texts: list[str], show: str, *, special
 
 
 def _quoted(opened: TextTokenizer, identity: int) -> str:
-    r"""A token as a JSON string, but with bytes that are no whole character as `\xe4`."""
+    """A token as a JSON string, but with bytes that are no whole character as `\xe4`."""
     quoted = json.dumps(opened.token_bytes(identity).decode("utf-8", "surrogateescape"), ensure_ascii=False)
     return re.sub("[\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", quoted)
 
