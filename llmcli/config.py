@@ -6,6 +6,7 @@ import dataclasses
 
 from llmcli.config_bench import BenchConfig as BenchConfig
 from llmcli.config_convert import ConvertConfig as ConvertConfig
+from llmcli.config_evaluate import EvaluateConfig as EvaluateConfig
 from llmcli.config_export import ExportConfig as ExportConfig
 from llmcli.config_finetune import ClassifyConfig as ClassifyConfig
 from llmcli.config_finetune import ClassifyTuneConfig as ClassifyTuneConfig
@@ -333,35 +334,6 @@ class CompleteConfig:
         24, "Tokens after which a completion is cut.", group="Completion", aliases=("--max-tokens",), minimum=1
     )
     truncate: bool = setting(False, "Keep the end of a prefix that is longer than the context.", group="Completion")
-    device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
-    quantize: str | None = setting(
-        None, "Round the weights as they are read (not of ONNX folders).", group="Machine", choices=("int8", "int4")
-    )
-    threads: int | None = setting(
-        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024
-    )
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
-    """How a model is measured on text."""
-
-    task: str = setting("lm", "What is measured; lm: how well the text is predicted.", choices=("lm",))
-    stride: int | None = setting(
-        None,
-        "Tokens that a window scores; it sees context - stride before them (default: half the context).",
-        group="Measurement",
-        minimum=1,
-    )
-    limit: int | None = setting(None, "At most so many tokens of each file.", group="Measurement", minimum=1)
-    batch_size: int | None = setting(
-        None, "Windows at once (default: as many as make 8,192 tokens).", group="Measurement", minimum=1
-    )
-    seed: int = setting(0, "Of the intervals, which are bootstrapped.", group="Measurement", minimum=0)
     device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
     quantize: str | None = setting(
         None, "Round the weights as they are read (not of ONNX folders).", group="Machine", choices=("int8", "int4")

@@ -1,4 +1,6 @@
-"""`evaluate`: how well a model predicts held-out text: loss, perplexity, bits per byte, with their intervals.
+"""`evaluate`: how good a model is: on held-out text (loss, perplexity, bits per byte), or on labelled examples.
+
+Labelled examples are the business of `evaluate_labelled`; below stands what is measured on text.
 
 Invariant: every token of every text is scored exactly once. A document begins after the token that ends the one before
 it (as in a corpus), which is given and not scored; so the figures do not depend on the order of the documents.
@@ -18,12 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from llmcli import config as configs
-from llmcli.config import EvaluateConfig, TextConfig
+from llmcli.config import EvaluateConfig, LabelledConfig, TextConfig
 from llmcli.data.formats import find_inputs
 from llmcli.data.readers import Document, read_documents
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
-from llmcli.errors import ConfigError, DataError, LlmcliError
-from llmcli.files.artefacts import Model, find_model
+from llmcli.errors import ConfigError, DataError, LlmcliError, UsageError
+from llmcli.files.artefacts import Model, find_model, resolve_model
+from llmcli.operations.evaluate_figures import Missed, check_names, missed, read_thresholds
+from llmcli.operations.evaluate_labelled import TaskReport, evaluate_labelled, fitting_task
 from llmcli.operations.records import Progress
 from llmcli.runtime.scoring import Window, score_windows, windows
 from llmcli.runtime.session import Session
@@ -66,6 +70,18 @@ class EvaluateReport:
     seconds: float
     tokens_per_second: float
     files: tuple[FileFigures, ...]
+    missed: tuple[Missed, ...] = ()  # thresholds
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fitting:
+    """The examples are labelled, and this task would measure a model by their labels."""
+
+    task: str
+    layout: str
+
+
+METRICS = ("loss", "perplexity", "bits_per_byte")
 
 
 def evaluate(
@@ -73,16 +89,67 @@ def evaluate(
     inputs: Sequence[str],
     config: EvaluateConfig = EvaluateConfig(),  # noqa: B008  (frozen)
     text: TextConfig = TextConfig(),  # noqa: B008
-) -> Iterator[Progress | EvaluateReport]:
-    """Measures a model folder or a run on text files. Yields Progress, last an EvaluateReport.
+    *,
+    other: Model | None = None,
+    columns: str | None = None,
+    predictions: str | Path | None = None,
+    overwrite: bool = False,
+) -> Iterator[Progress | Fitting | EvaluateReport | TaskReport]:
+    """Measures a model folder or a run on files. Yields Progress, last an EvaluateReport or (tasks) a TaskReport.
 
-    Raises DataError for text that cannot be read, ConfigError for a stride beyond the context, LlmcliError where the
-    model's predictions are not numbers.
+    With a task: `other` is a second model, measured on the same examples and compared; `columns` says which field is
+    what; `predictions` is a file (JSON Lines) for what the model made of each example.
+
+    Raises DataError for data that cannot be read or are not the task's, ConfigError for settings that do not fit,
+    LlmcliError where the model's predictions are not numbers.
     """
-    from llmcli.runtime.open import open_session
-
     configs.check(config)
     configs.check(text)
+    labelled = LabelledConfig(columns=columns, encoding=text.encoding, errors=text.errors)
+    if config.task is not None and config.task != "lm":
+        models = [model] if other is None else [model, other]
+        yield from evaluate_labelled(models, inputs, config, labelled, predictions=predictions, overwrite=overwrite)
+        return
+    fitting = fitting_task(inputs, labelled) if config.task is None else None
+    if fitting is not None:
+        task, layout, fields = fitting
+        if text.text_field not in fields or other is not None or predictions is not None:
+            raise UsageError(f"holds labelled examples ({layout}); measure with --task {task}", where=inputs[0])
+        yield Fitting(task, layout)
+    for name, value in (("a second model", other), ("--predictions", predictions), ("--columns", columns)):
+        if value is not None:
+            raise UsageError(f"{name} goes with labelled examples and their --task, not with lm")
+    thresholds = read_thresholds(config.fail_under)
+    check_names(thresholds, METRICS)
+    for record in _evaluate_text(model, inputs, config, text):
+        if isinstance(record, EvaluateReport):
+            yield dataclasses.replace(record, missed=tuple(missed(thresholds, record.metrics, record.model)))
+        else:
+            yield record
+
+
+def second_model(inputs: Sequence[str]) -> tuple[str | None, tuple[str, ...]]:
+    """(the second model, or None; the data): the first input is one where it is a model's or a run's folder.
+
+    Raises UsageError where no data are left.
+    """
+    first, *rest = inputs
+    if not Path(first).is_dir():
+        return None, tuple(inputs)
+    try:
+        resolve_model(first)
+    except DataError:
+        return None, tuple(inputs)
+    if not rest:
+        raise UsageError("is a model; the data to measure on are missing", where=first)
+    return first, tuple(rest)
+
+
+def _evaluate_text(
+    model: Model, inputs: Sequence[str], config: EvaluateConfig, text: TextConfig
+) -> Iterator[Progress | EvaluateReport]:
+    from llmcli.runtime.open import open_session
+
     place = find_model(model)
     sources = find_inputs(inputs)
     tokenizer = load_tokenizer(place.texts)
@@ -228,7 +295,7 @@ def _report(
     tokens = sum(total.tokens)
     return EvaluateReport(
         model=model,
-        task=config.task,
+        task="lm",
         metrics=_metrics(math.fsum(total.nats), tokens, total.bytes),
         intervals=_intervals(total, config.seed),
         documents=total.documents,
@@ -250,7 +317,7 @@ def _intervals(tally: _Tally, seed: int) -> dict[str, tuple[float, float] | None
     """
     count = len(tally.nats)
     if count < 2:
-        return dict.fromkeys(("loss", "perplexity", "bits_per_byte"))
+        return dict.fromkeys(METRICS)
     edges = np.linspace(0, count, min(count, _BLOCKS) + 1).astype(np.int64)[:-1]
     nats = np.add.reduceat(np.array(tally.nats), edges)
     tokens = np.add.reduceat(np.array(tally.tokens, np.float64), edges)

@@ -55,7 +55,7 @@ def check_output(path: str | Path) -> None:
     """Raises UsageError for a file name of another kind than FORMATS, MissingExtraError when nothing can draw it."""
     if Path(path).suffix.lower() not in FORMATS:
         raise UsageError(f"must end in {' or '.join(FORMATS)}", where=str(path))
-    _figure_class()
+    figure_class()
 
 
 def draw(curves: Sequence[Curve], path: str | Path, x: str = "steps", y: str = "loss") -> None:
@@ -64,7 +64,7 @@ def draw(curves: Sequence[Curve], path: str | Path, x: str = "steps", y: str = "
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "llmcli", "svg.fonttype": "none", "font.size": 10}):
-        figure = _figure_class()(figsize=(8, 4.5), layout="constrained")
+        figure = figure_class()(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
         for index, curve in enumerate(curves):
             name = Path(curve.run).resolve().name
@@ -86,7 +86,7 @@ def draw(curves: Sequence[Curve], path: str | Path, x: str = "steps", y: str = "
     write_file(path, image.getvalue())
 
 
-def _figure_class() -> Any:
+def figure_class() -> Any:
     """matplotlib's Figure without pyplot, which would look for a screen."""
     try:
         from matplotlib.figure import Figure

@@ -83,3 +83,29 @@ def _score_pool(
         values = session.score(ids, wanted)
         for row, window in enumerate(rows):
             yield Scored(window, values[row, wanted[row]])
+
+
+def score_ends(
+    session: Session,
+    sequences: Sequence[npt.NDArray[np.integer]],
+    given: Sequence[int],
+    batch_size: int | None = None,
+) -> list[npt.NDArray[np.float32]]:
+    """Log-probabilities, in nats, of each sequence's ids from number given[i] (1 at least) on.
+
+    A sequence that does not fit the context is scored in windows that overlap by half.
+    """
+    context = session.context
+    chosen: list[Window] = []
+    for number, (sequence, done) in enumerate(zip(sequences, given, strict=True)):
+        length = len(sequence)
+        if done < length <= context + 1:
+            chosen.append(Window(number, 0, length, length - done))
+        else:
+            chosen += windows(length, context, max(1, context // 2), number, done=done)
+    found = [np.zeros(max(len(ids) - done, 0), np.float32) for ids, done in zip(sequences, given, strict=True)]
+    for scored in score_windows(session, sequences, chosen, batch_size):
+        window = scored.window
+        end = window.end - given[window.sequence]
+        found[window.sequence][end - window.scored : end] = scored.values
+    return found

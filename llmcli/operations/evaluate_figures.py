@@ -1,0 +1,238 @@
+"""Figures of an evaluation: means and their like over examples, 95 % intervals, and the difference of two models.
+
+Invariant: a figure is a function of sums over examples (features) alone. So whatever the metric, the bootstrap draws
+examples anew and the test of a difference exchanges the two models' examples, and nothing else need be known of it.
+
+Sources: Efron and Tibshirani 1993, ch. 13 (percentile intervals); Noreen 1989 and Yeh, arXiv:cs/0008005 (approximate
+randomization); where few examples differ all exchanges are counted, which for accuracy is the exact sign test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from llmcli.errors import ConfigError
+from llmcli.settings import nearest
+
+Array: TypeAlias = npt.NDArray[np.float64]
+Interval: TypeAlias = tuple[float, float] | None
+
+_RESAMPLES = 1000
+_EXCHANGES = 9999  # random ones; where there are no more of them in all, each is tried
+_TAIL = (2.5, 97.5)  # percentiles: a 95 % interval
+_HELD = 1 << 22  # numbers of a table of draws
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
+_EQUAL = 1e-9  # what rounding may take from a difference, as a share of it
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a model made of an example: numbers for the measure, and what is written down of it."""
+
+    values: Mapping[str, float]  # one that does not apply to the example is not there
+    prediction: Mapping[str, Any]
+    cut: bool = False  # it did not fit the context, and not all of it was read
+
+
+class Measure(Protocol):
+    """Metrics as functions of sums over examples."""
+
+    def features(self, outcome: Outcome) -> Sequence[float]:
+        """The numbers of an example that are summed up: K of them."""
+        ...
+
+    def figures(self, sums: Array) -> dict[str, Array]:
+        """The metrics by sums (R, K), each (R,); NaN where one is not defined."""
+        ...
+
+    def details(self, sums: Array) -> dict[str, Any]:
+        """What is to be told beside the metrics, by the sums (K,) over all examples."""
+        ...
+
+
+class Means:
+    """Metrics that are means of the examples' values of that name, over those that have it."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+
+    def features(self, outcome: Outcome) -> list[float]:
+        """Values and whether they are there."""
+        there = [name in outcome.values for name in self.names]
+        return [*(outcome.values.get(name, 0.0) for name in self.names), *map(float, there)]
+
+    def figures(self, sums: Array) -> dict[str, Array]:
+        """The means."""
+        count = len(self.names)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = sums[:, :count] / sums[:, count:]
+        return {name: means[:, place] for place, name in enumerate(self.names)}
+
+    def details(self, sums: Array) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far a second model's figure lies above the first one's, on the same examples."""
+
+    difference: float
+    interval: Interval  # 95 %
+    p_value: float  # of a difference as large in either direction, were the models alike
+
+
+def features_of(measure: Measure, outcomes: Sequence[Outcome]) -> Array:
+    """(examples, K)."""
+    return np.array([measure.features(outcome) for outcome in outcomes], np.float64)
+
+
+def figures_of(measure: Measure, features: Array) -> dict[str, float]:
+    """The metrics that are defined."""
+    found = {name: float(values[0]) for name, values in measure.figures(features.sum(0)[None]).items()}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def intervals_of(measure: Measure, features: Array, names: Sequence[str], seed: int) -> dict[str, Interval]:
+    """95 % intervals by the bootstrap over examples; None: there is but one example."""
+    if len(features) < 2:
+        return dict.fromkeys(names)
+    drawn = measure.figures(_drawn(features, seed))
+    return {name: _between(drawn[name]) for name in names}
+
+
+def differences_of(
+    measure: Measure, first: Array, second: Array, names: Sequence[str], seed: int
+) -> dict[str, Difference]:
+    """Second less first, of features of the same examples in the same order."""
+    pair = np.concatenate([first, second], 1)
+    width = first.shape[1]
+    observed = _apart(measure, pair.sum(0)[None], width)
+    drawn = _apart(measure, _drawn(pair, seed), width) if len(pair) > 1 else None
+    exchanged = _p_values(measure, first, second, names, seed, observed)
+    return {
+        name: Difference(float(observed[name][0]), None if drawn is None else _between(drawn[name]), exchanged[name])
+        for name in names
+    }
+
+
+def _apart(measure: Measure, sums: Array, width: int) -> dict[str, Array]:
+    first, second = measure.figures(sums[:, :width]), measure.figures(sums[:, width:])
+    return {name: second[name] - first[name] for name in first}
+
+
+def _between(values: Array) -> Interval:
+    sound = values[np.isfinite(values)]
+    if not len(sound):
+        return None
+    low, high = np.percentile(sound, _TAIL)
+    return float(low), float(high)
+
+
+def _drawn(features: Array, seed: int) -> Array:
+    """Sums over examples that are drawn with replacement: (resamples, K)."""
+    count = len(features)
+    generator = np.random.default_rng(seed)
+    sums = []
+    step = max(1, _HELD // count)
+    for begin in range(0, _RESAMPLES, step):
+        rows = min(step, _RESAMPLES - begin)
+        chosen = generator.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
+        times = np.bincount(chosen.ravel(), minlength=rows * count).reshape(rows, count)
+        sums.append(times @ features)
+    return np.concatenate(sums)
+
+
+def _p_values(
+    measure: Measure, first: Array, second: Array, names: Sequence[str], seed: int, observed: dict[str, Array]
+) -> dict[str, float]:
+    """How often a difference is as large when which model an example's numbers are of is drawn."""
+    gains = second - first
+    gains = gains[(gains != 0).any(1)]
+    exact = len(gains) <= math.log2(_EXCHANGES)
+    reached = dict.fromkeys(names, 0)
+    total = 0
+    for chosen in _every(len(gains)) if exact else _random(len(gains), seed):
+        moved = chosen @ gains
+        sums = np.concatenate([first.sum(0) + moved, second.sum(0) - moved], 1)
+        found = _apart(measure, sums, first.shape[1])
+        total += len(chosen)
+        for name in names:
+            # What is not defined in an exchange counts as reached: the test may only err to the safe side.
+            below = np.abs(found[name]) < abs(observed[name][0]) * (1 - _EQUAL)
+            reached[name] += int(len(chosen) - below.sum())
+    if exact:
+        return {name: count / total for name, count in reached.items()}
+    return {name: (count + 1) / (total + 1) for name, count in reached.items()}
+
+
+def _every(count: int) -> Iterator[Array]:
+    """Each choice among so many examples once: (2 ** count, count)."""
+    yield (np.arange(2**count)[:, None] >> np.arange(count) & 1).astype(np.float64)
+
+
+def _random(count: int, seed: int) -> Iterator[Array]:
+    generator = np.random.default_rng(seed)
+    step = max(1, _HELD // count)
+    for begin in range(0, _EXCHANGES, step):
+        yield generator.integers(2, size=(min(step, _EXCHANGES - begin), count)).astype(np.float64)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Thresholds
+
+
+def read_thresholds(text: str | None) -> dict[str, float]:
+    """`accuracy=0.8,f1=0.6` as numbers. Raises ConfigError for anything else."""
+    found = {}
+    for part in filter(None, map(str.strip, (text or "").split(","))):
+        name, equals, value = part.partition("=")
+        try:
+            if not equals or not name.strip() or not math.isfinite(float(value)):
+                raise ValueError
+        except ValueError:
+            raise ConfigError(f"must be METRIC=NUMBER,..., is {part!r:.60}", where="fail_under") from None
+        found[name.strip()] = float(value)
+    return found
+
+
+def check_names(thresholds: Mapping[str, float], names: Sequence[str]) -> None:
+    """Raises ConfigError for a threshold of what is not measured."""
+    for name in thresholds:
+        if name not in names:
+            raise ConfigError(
+                f"{name!r:.60} is not measured{nearest(name, names)}; measured are {', '.join(names)}",
+                where="fail_under",
+            )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Missed:
+    """A metric that is on the wrong side of its bar."""
+
+    model: str
+    metric: str
+    value: float | None  # None: there is no example that it is defined for
+    bar: float
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return f"{self.metric} is not defined on these examples, {self.bar:g} is asked for"
+        side = "above" if self.metric in LOWER_IS_BETTER else "below"
+        return f"{self.metric} is {self.value:.4f}, {side} {self.bar:g}"
+
+
+def missed(thresholds: Mapping[str, float], metrics: Mapping[str, float], model: str) -> list[Missed]:
+    """The thresholds that do not hold."""
+    found = []
+    for name, bar in thresholds.items():
+        value = metrics.get(name)
+        if value is None or (value > bar if name in LOWER_IS_BETTER else value < bar):
+            found.append(Missed(model, name, value, bar))
+    return found
