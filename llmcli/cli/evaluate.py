@@ -102,7 +102,7 @@ def evaluate(
     else:
         write_out("\n".join(task_lines(report) if report.task != "lm" else _lines(report)) + "\n")
     if report.missed:
-        raise CheckError("; ".join(map(str, report.missed)), where=report.missed[0].model)
+        raise CheckError("; ".join(map(str, report.missed)))
 
 
 def _lines(report: EvaluateReport) -> list[str]:

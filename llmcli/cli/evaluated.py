@@ -22,11 +22,10 @@ def task_lines(report: TaskReport) -> Iterator[str]:
     if report.other is not None and report.differences is not None:
         yield from _side_by_side(report)
     else:
-        facts = {
-            name: f"{value:.4f} {_UNITS.get(name, '')}".rstrip() + _between(report.intervals.get(name))
-            for name, value in report.metrics.items()
-        }
-        yield from table(facts)
+        width = max(map(len, report.metrics))
+        for name, value in report.metrics.items():  # as --fail-under names them
+            unit = _UNITS.get(name, "")
+            yield f"{name:<{width}}  {value:.4f} {unit}".rstrip() + _between(report.intervals.get(name))
     cut = max(report.cut, report.other.cut if report.other else 0)
     told: dict[str, Any] = {
         "examples": f"{report.examples:,}" + (f", {cut:,} cut to fit the context" if cut else ""),

@@ -3,8 +3,8 @@
 Invariant: where several are equally probable, the right one among them, the example counts as that share: who finds all
 equal has the accuracy of guessing.
 
-accuracy takes the sum of the log-probabilities, accuracy_norm that by byte of the end: what lm-evaluation-harness has as
-acc and acc_norm (it counts characters). Of minimal pairs the first is BLiMP's (arXiv:1912.00582, section 3.3).
+accuracy takes the sum of the log-probabilities, accuracy_norm that by byte of the end: the acc and acc_norm of
+lm-evaluation-harness (it counts characters). Of minimal pairs the first is BLiMP's (arXiv:1912.00582, section 3.3).
 """
 
 from __future__ import annotations

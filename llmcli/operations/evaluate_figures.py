@@ -207,7 +207,7 @@ def check_names(thresholds: Mapping[str, float], names: Sequence[str]) -> None:
     for name in thresholds:
         if name not in names:
             raise ConfigError(
-                f"{name!r:.60} is not measured{nearest(name, names)}; measured are {', '.join(names)}",
+                f"{name!r:.60} is not measured; measured are {', '.join(names)}{nearest(name, names)}",
                 where="fail_under",
             )
 
@@ -223,9 +223,9 @@ class Missed:
 
     def __str__(self) -> str:
         if self.value is None:
-            return f"{self.metric} is not defined on these examples, {self.bar:g} is asked for"
+            return f"{self.model}: {self.metric} is not defined on these examples; asked for is {self.bar:g}"
         side = "above" if self.metric in LOWER_IS_BETTER else "below"
-        return f"{self.metric} is {self.value:.4f}, {side} {self.bar:g}"
+        return f"{self.model}: {self.metric} is {self.value:.4f}, {side} {self.bar:g}"
 
 
 def missed(thresholds: Mapping[str, float], metrics: Mapping[str, float], model: str) -> list[Missed]:
