@@ -13,6 +13,8 @@ from click.testing import CliRunner
 from conftest import ROOT, Run
 from small_model import make_model
 from small_tokenizer import make_tokenizer
+from small_tuning import go, make_base, tiny
+from small_tuning import reviews as reviews_to_learn
 
 from llmcli.cli.evaluate import evaluate as command
 from llmcli.config import EvaluateConfig, ExportConfig, GenerateConfig, SamplingConfig
@@ -21,6 +23,7 @@ from llmcli.data.task_prompts import answer_prompt
 from llmcli.data.tokenizer import load_tokenizer
 from llmcli.errors import CheckError, ConfigError, DataError, UsageError
 from llmcli.models.folder import load_model
+from llmcli.operations.classify import classify
 from llmcli.operations.evaluate import EvaluateReport, Fitting, evaluate, second_model
 from llmcli.operations.evaluate_labelled import TaskReport
 from llmcli.operations.evaluate_model import EvaluatedModel
@@ -220,6 +223,28 @@ def test_a_decoder_is_asked_which_labels_name_goes_on_best(model: Path, tmp_path
 def test_a_text_that_does_not_fit_loses_its_end_and_is_counted(model: Path, tmp_path: Path) -> None:
     rows = [{"text": "The list type is a mutable sequence. " * 9, "label": "a"}, {"text": "short", "label": "b"}]
     assert run(model, lines(tmp_path / "a.jsonl", rows), task="classify").cut == 1
+
+
+def test_a_classifier_is_measured_by_its_own_labels(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    data = reviews_to_learn(tmp_path / "learn.tsv")
+    go("classify", base, data, tmp_path / "run", config=tiny(max_steps=16, learning_rate=0.02))
+    rows = [line.split("\t") for line in data.read_text().splitlines()[1:]]
+    expected = list(classify(tmp_path / "run", [text for text, _ in rows]))
+    found = predicted(tmp_path / "run", data, task="classify")
+    assert [record["predicted"] for record in found] == [[each.label] for each in expected]
+    assert [record["probability"] for record in found] == pytest.approx(
+        [each.probability for each in expected], abs=1e-5
+    )
+    right = [each.label == label for each, (_, label) in zip(expected, rows, strict=True)]
+    report = run(tmp_path / "run", data, task="classify", more={"other": base})
+    assert report.metrics["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert report.metrics["accuracy"] > 0.8
+    assert report.other is not None
+    assert report.other.metrics["accuracy"] < report.metrics["accuracy"]
+    unseen = lines(tmp_path / "b.jsonl", [{"text": "a thing", "label": "neg"}, {"text": "a thing", "label": "neutral"}])
+    with pytest.raises(DataError, match=r"b\.jsonl:2: the label 'neutral' is none of the model's: 'neg', 'pos'"):
+        run(tmp_path / "run", unseen, task="classify")
 
 
 @pytest.mark.parametrize(
