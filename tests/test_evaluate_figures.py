@@ -16,6 +16,7 @@ from llmcli.operations.evaluate_figures import (
     Means,
     Outcome,
     check_names,
+    compare_text,
     differences_of,
     features_of,
     figures_of,
@@ -196,6 +197,19 @@ def test_the_test_holds_its_level_where_the_models_are_alike() -> None:
         found.append(differences_of(measure, tables[0], tables[1], ["margin"], seed)["margin"].p_value)
     assert 0.3 < np.mean(found) < 0.7
     assert sum(value < 0.05 for value in found) <= 9
+
+
+def test_texts_of_two_tokenizers_are_laid_side_by_side() -> None:
+    # The second one has half the tokens and other windows; block by block it needs a tenth less.
+    generator = np.random.default_rng(0)
+    nats = generator.uniform(5, 15, size=400)
+    first = (nats.tolist(), [10] * 400)
+    second = ((nats.reshape(200, 2).sum(1) * 0.9).tolist(), [10] * 200)
+    found = compare_text(first, second, 4000, 0)["bits_per_byte"]
+    assert found.difference == pytest.approx(-0.1 * nats.sum() / 4000 / math.log(2))
+    assert found.p_value < 0.001
+    assert found.interval is not None
+    assert found.interval[1] < 0
 
 
 # ----------------------------------------------------------------------------------------------------------------

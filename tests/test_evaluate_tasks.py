@@ -404,6 +404,28 @@ def test_bars_hold_for_text_too(model: Path, tmp_path: Path) -> None:
     assert isinstance(CliRunner().invoke(command, [*words, "accuracy=1"]).exception, ConfigError)
 
 
+def test_two_models_are_compared_on_text_by_bits_per_byte(models: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The list type is a mutable sequence. It holds objects of any type.\n" * 60)
+    config = EvaluateConfig(threads=1)
+    *_, report = evaluate(models[0], [str(tmp_path / "a.txt")], config, other=models[1])
+    *_, alone = evaluate(models[1], [str(tmp_path / "a.txt")], config)
+    assert isinstance(report, EvaluateReport)
+    assert isinstance(alone, EvaluateReport)
+    assert report.other is not None
+    assert report.other.metrics == alone.metrics
+    assert report.differences is not None
+    found = report.differences["bits_per_byte"]
+    assert found.difference == pytest.approx(alone.metrics["bits_per_byte"] - report.metrics["bits_per_byte"])
+    assert found.interval is not None
+    assert found.interval[0] <= found.difference <= found.interval[1]
+    *_, same = evaluate(models[0], [str(tmp_path / "a.txt")], config, other=models[0])
+    assert isinstance(same, EvaluateReport)
+    assert same.differences is not None
+    assert same.differences["bits_per_byte"].p_value == 1.0
+    words = [str(models[0]), str(models[1]), str(tmp_path / "a.txt"), "--threads", "1"]
+    assert "bits_per_byte" in CliRunner().invoke(command, words).output
+
+
 def test_labelled_data_without_a_task_say_which_would_fit(model: Path, tmp_path: Path) -> None:
     config = EvaluateConfig(threads=1)
     with pytest.raises(UsageError, match=r"labelled examples \(multiple choice\); measure with --task choice"):
@@ -439,7 +461,7 @@ def test_data_that_do_not_fit_the_task_are_refused(model: Path, tmp_path: Path) 
         run(model, pairs, task="embed")
     with pytest.raises(DataError, match="has the label"):
         run(model, lines(tmp_path / "c.jsonl", [{"text": "A list.", "label": "a"}]), task="classify")
-    for more in ({"other": model}, {"predictions": tmp_path / "p"}, {"columns": "text=a"}):
+    for more in ({"predictions": tmp_path / "p"}, {"columns": "text=a"}):
         with pytest.raises(UsageError, match="goes with labelled examples"):
             list(evaluate(model, [str(pairs)], EvaluateConfig(task="lm", threads=1), **more))
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmcli.cli.evaluated import task_lines
+from llmcli.cli.evaluated import side_by_side, task_lines
 from llmcli.cli.info import counted, size, table
 from llmcli.cli.options import (
     GroupedCommand,
@@ -48,7 +48,7 @@ def evaluate(
     """Measure a model on text, or on labelled examples.
 
     DATA are files or folders, and what is measured is the --task. All figures have their 95 % intervals. With a second
-    model both are measured on the same examples, and the difference gets an interval and a p-value (not for lm).
+    model both are measured on the same examples, and the difference gets an interval and a p-value.
 
     \b
     lm         how well text is predicted: loss in nats per token, perplexity, and
@@ -119,7 +119,9 @@ def _lines(report: EvaluateReport) -> list[str]:
         lines.append("")
     unit = {"loss": "nats/token", "perplexity": "", "bits_per_byte": "bits/byte"}
     facts: dict[str, str] = {}
-    for name, value in report.metrics.items():
+    if report.other is not None:
+        lines += [*side_by_side(report), ""]
+    for name, value in report.metrics.items() if report.other is None else ():
         interval = report.intervals.get(name)
         between = f"  (95 %: {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
         facts[name] = f"{value:.4f} {unit[name]}".rstrip() + between

@@ -19,8 +19,8 @@ def task_lines(report: TaskReport) -> Iterator[str]:
     """The report as text."""
     yield from _of_files(report)
     yield from _of_classes(report.details)
-    if report.other is not None and report.differences is not None:
-        yield from _side_by_side(report)
+    if report.other is not None:
+        yield from side_by_side(report)
     else:
         width = max(map(len, report.metrics))
         for name, value in report.metrics.items():  # as --fail-under names them
@@ -67,18 +67,16 @@ def _of_classes(details: Mapping[str, Any]) -> Iterator[str]:
         yield ""
 
 
-def _side_by_side(report: TaskReport) -> Iterator[str]:
-    assert report.other is not None
-    assert report.differences is not None
+def side_by_side(report: Any) -> Iterator[str]:
+    """The metrics of two models, and what of their differences can be told."""
     yield f"A  {report.model}"
     yield f"B  {report.other.model}"
     rows = []
-    for name, found in report.differences.items():
-        first, second = report.metrics[name], report.other.metrics[name]
-        p_value = f"{found.p_value:.4f}"
-        rows.append(
-            [name, _shown(first), _shown(second), f"{found.difference:+.4f}{_between(found.interval)}", p_value]
-        )
+    for name, first in report.metrics.items():
+        found = report.differences.get(name)
+        difference = "-" if found is None else f"{found.difference:+.4f}{_between(found.interval)}"
+        p_value = "-" if found is None else f"{found.p_value:.4f}"
+        rows.append([name, _shown(first), _shown(report.other.metrics.get(name)), difference, p_value])
     yield from _grid([["metric", "A", "B", "B - A", "p"], *rows])
 
 

@@ -25,7 +25,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "finetune": ("finetune", "finetune", "Fine-tune a model for a task, on labelled data."),
     "merge": ("merge", "merge", "Merge an adapter into its base: one model, which exports and runs like any other."),
     "export": ("export", "export", "Export a model as an ONNX folder that runs fast and proves itself."),
-    "evaluate": ("evaluate", "evaluate", "Measure a model on held-out text."),
+    "evaluate": ("evaluate", "evaluate", "Measure a model on text, or on labelled examples."),
     "bench": ("bench", "bench", "Measure how fast a model reads and decodes."),
     "generate": ("generate", "generate", "Continue a prompt with a model."),
     "chat": ("chat", "chat", "Talk with a model, turn by turn."),

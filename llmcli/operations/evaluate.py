@@ -27,7 +27,7 @@ from llmcli.data.readers import Document, read_documents
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
 from llmcli.errors import ConfigError, DataError, LlmcliError, UsageError
 from llmcli.files.artefacts import Model, find_model, resolve_model
-from llmcli.operations.evaluate_figures import Missed, check_names, missed, read_thresholds
+from llmcli.operations.evaluate_figures import Difference, Missed, check_names, compare_text, missed, read_thresholds
 from llmcli.operations.evaluate_labelled import TaskReport, evaluate_labelled, fitting_task
 from llmcli.operations.records import Progress
 from llmcli.runtime.scoring import Window, score_windows, windows
@@ -71,6 +71,8 @@ class EvaluateReport:
     seconds: float
     tokens_per_second: float
     files: tuple[FileFigures, ...]
+    other: EvaluateReport | None = None  # of a second model
+    differences: dict[str, Difference] | None = None  # its bits per byte less the first one's
     missed: tuple[Missed, ...] = ()  # thresholds
 
 
@@ -98,8 +100,8 @@ def evaluate(
 ) -> Iterator[Progress | Fitting | EvaluateReport | TaskReport]:
     """Measures a model folder or a run on files. Yields Progress, last an EvaluateReport or (tasks) a TaskReport.
 
-    With a task: `other` is a second model, measured on the same examples and compared; `columns` says which field is
-    what; `predictions` is a file (JSON Lines) for what the model made of each example.
+    `other` is a second model, measured on the same files and compared. With a task: `columns` says which field is what;
+    `predictions` is a file (JSON Lines) for what the model made of each example.
 
     Raises DataError for data that cannot be read or are not the task's, ConfigError for settings that do not fit,
     LlmcliError where the model's predictions are not numbers.
@@ -114,19 +116,29 @@ def evaluate(
     fitting = fitting_task(inputs, labelled) if config.task is None else None
     if fitting is not None:
         task, layout, fields = fitting
-        if text.text_field not in fields or other is not None or predictions is not None:
+        if text.text_field not in fields or predictions is not None:
             raise UsageError(f"holds labelled examples ({layout}); measure with --task {task}", where=inputs[0])
         yield Fitting(task, layout)
-    for name, value in (("a second model", other), ("--predictions", predictions), ("--columns", columns)):
+    for name, value in (("--predictions", predictions), ("--columns", columns)):
         if value is not None:
             raise UsageError(f"{name} goes with labelled examples and their --task, not with lm")
     thresholds = read_thresholds(config.fail_under)
     check_names(thresholds, METRICS)
-    for record in _evaluate_text(model, inputs, config, text):
-        if isinstance(record, EvaluateReport):
-            yield dataclasses.replace(record, missed=tuple(missed(thresholds, record.metrics, record.model)))
-        else:
-            yield record
+    found: list[tuple[EvaluateReport, _Tally]] = []
+    for each in [model] if other is None else [model, other]:
+        for record in _evaluate_text(each, inputs, config, text):
+            if isinstance(record, Progress):
+                yield record
+            else:
+                found.append(record)
+    (report, tally), *rest = found
+    for second, theirs in rest:
+        if theirs.bytes != tally.bytes:
+            raise ConfigError("counts tokens, so models of two tokenizers read different texts", where="limit")
+        differences = compare_text((tally.nats, tally.tokens), (theirs.nats, theirs.tokens), tally.bytes, config.seed)
+        report = dataclasses.replace(report, other=second, differences=differences)
+    below = (each for one, _ in found for each in missed(thresholds, one.metrics, one.model))
+    yield dataclasses.replace(report, missed=tuple(below))
 
 
 def second_model(inputs: Sequence[str]) -> tuple[str | None, tuple[str, ...]]:
@@ -148,7 +160,7 @@ def second_model(inputs: Sequence[str]) -> tuple[str | None, tuple[str, ...]]:
 
 def _evaluate_text(
     model: Model, inputs: Sequence[str], config: EvaluateConfig, text: TextConfig
-) -> Iterator[Progress | EvaluateReport]:
+) -> Iterator[Progress | tuple[EvaluateReport, _Tally]]:
     from llmcli.runtime.open import open_session
 
     place = find_model(model)
@@ -173,7 +185,7 @@ def _evaluate_text(
                 yield Progress("score", done, total, "bytes")
             figures.append(_file_figures(source.name, tally))
             scorer.total.add(tally)
-        yield _report(str(model), config, scorer, figures, time.perf_counter() - began)
+        yield _report(str(model), config, scorer, figures, time.perf_counter() - began), scorer.total
     finally:
         session.close()
 

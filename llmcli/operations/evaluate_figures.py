@@ -25,6 +25,7 @@ Interval: TypeAlias = tuple[float, float] | None
 
 _RESAMPLES = 1000
 _EXCHANGES = 9999  # random ones; where there are no more of them in all, each is tried
+_BLOCKS = 1000  # of a text
 _TAIL = (2.5, 97.5)  # percentiles: a 95 % interval
 _HELD = 1 << 22  # numbers of a table of draws
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
@@ -182,6 +183,42 @@ def _random(count: int, seed: int) -> Iterator[Array]:
     step = max(1, _HELD // count)
     for begin in range(0, _EXCHANGES, step):
         yield generator.integers(2, size=(min(step, _EXCHANGES - begin), count)).astype(np.float64)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Text
+
+
+class _BitsPerByte:
+    """Features of a block of text: its nats and its bytes."""
+
+    def features(self, outcome: Outcome) -> list[float]:
+        return [outcome.values["nats"], outcome.values["bytes"]]
+
+    def figures(self, sums: Array) -> dict[str, Array]:
+        return {"bits_per_byte": sums[:, 0] / sums[:, 1] / math.log(2)}
+
+    def details(self, sums: Array) -> dict[str, Any]:
+        return {}
+
+
+def compare_text(
+    first: tuple[Sequence[float], Sequence[int]], second: tuple[Sequence[float], Sequence[int]], size: int, seed: int
+) -> dict[str, Difference]:
+    """The difference in bits per byte on a text of `size` bytes, of each model (nats, tokens) by windows in order.
+
+    The text is cut into blocks of equal length, as many as either has windows (1,000 at most), which are the examples.
+    Bytes are taken as even over the tokens, so models of two tokenizers are laid side by side nearly.
+    """
+    count = min(len(first[0]), len(second[0]), _BLOCKS)
+    tables = [np.stack([_in_blocks(*each, count), np.full(count, size / count)], 1) for each in (first, second)]
+    return differences_of(_BitsPerByte(), tables[0], tables[1], ["bits_per_byte"], seed)
+
+
+def _in_blocks(nats: Sequence[float], tokens: Sequence[int], count: int) -> Array:
+    places = np.concatenate([[0.0], np.cumsum(tokens, dtype=np.float64)])
+    sums = np.concatenate([[0.0], np.cumsum(nats, dtype=np.float64)])
+    return np.diff(np.interp(np.linspace(0, places[-1], count + 1), places, sums))
 
 
 # ----------------------------------------------------------------------------------------------------------------
