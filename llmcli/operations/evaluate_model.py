@@ -43,9 +43,7 @@ class EvaluatedModel:
         from llmcli.runtime.open import open_session
 
         config = self.config
-        session = open_session(
-            self.place, device=config.device, threads=config.threads, quantize=config.quantize
-        )
+        session = open_session(self.place, device=config.device, threads=config.threads, quantize=config.quantize)
         if self.tokenizer.vocab_size > session.vocab_size:
             raise DataError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model {session.vocab_size}")
         return session
