@@ -400,7 +400,7 @@ class Course:
         self.model = model or fresh()
         self.state = TrainingState()
         self.stopped = False
-        self.losses: Callable[[], tuple[float, float] | None] = lambda: (3.0 - 0.1 * self.state.step, 1.0)
+        self.losses: Callable[[], tuple[Any, ...] | None] = lambda: (3.0 - 0.1 * self.state.step, 1.0)
         self.settings = LoopSettings(
             **{
                 "budget": Budget(6, None),
@@ -838,3 +838,12 @@ def _faults(found: Any) -> None:
             np.ones(16 << 20, np.float32)
         counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin)
     found.put(counts)
+
+
+def test_the_best_is_judged_by_what_a_task_asks_for() -> None:
+    course = Course(budget=Budget(6, None))
+    course.losses = lambda: {2: (1.0, None, None, -0.5), 4: (3.0, None, None, -0.8), 6: (2.0, None, None, -0.7)}[
+        course.state.step
+    ]
+    course.story()
+    assert (course.state.best_loss, course.state.best_step) == (-0.8, 4)

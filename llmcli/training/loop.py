@@ -26,9 +26,10 @@ Batch = tuple[Any, Tensor]  # inputs, as the loss takes them; targets
 class Validation(NamedTuple):
     """What a validation found."""
 
-    loss: float  # nats a target: the least is the best
+    loss: float  # nats a target
     bits_per_byte: float | None = None
     figures: Mapping[str, float] | None = None  # a task's own: accuracy, ...
+    criterion: float | None = None  # the least is the best; None: the loss is
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class TrainingState:
     step: int = 0
     tokens: int = 0
     elapsed_seconds: float = 0.0
-    best_loss: float = math.inf
+    best_loss: float = math.inf  # or what a task is judged by
     best_step: int = 0
     bad_validations: int = 0
     validated_step: int = 0
@@ -193,12 +194,13 @@ class Loop:
         if found is None:
             return None
         state.validated_step = state.step
-        loss, bits, figures = found
+        loss, bits, figures, criterion = found
         if not math.isfinite(loss):
             raise NotFiniteError("validation loss", state.step)
-        better = loss < state.best_loss
+        judged = loss if criterion is None else criterion
+        better = judged < state.best_loss
         if better:
-            state.best_loss, state.best_step, state.bad_validations = loss, state.step, 0
+            state.best_loss, state.best_step, state.bad_validations = judged, state.step, 0
         else:
             state.bad_validations += 1
         return self._event("validation", loss=loss, bits_per_byte=bits, best=better, figures=figures)
