@@ -64,6 +64,32 @@ def classify(classify_tune_config: ClassifyTuneConfig, **values: Any) -> None:
     _run("classify", classify_tune_config, **values)
 
 
+@_task()
+def answer(**values: Any) -> None:
+    r"""Fine-tune a model to answer questions about a text, or to say that it does not answer them.
+
+    The first answer of each question is learnt. With --on-long cut the text is cut, never the question or the answer.
+
+    \b
+    Example:
+      llmcli finetune answer runs/first train.json -o runs/answers
+    """
+    _run("answer", None, **values)
+
+
+@_task()
+def summarize(**values: Any) -> None:
+    r"""Fine-tune a model to summarize texts.
+
+    The first summary of each text is learnt. With --on-long cut the text is cut, never its summary.
+
+    \b
+    Example:
+      llmcli finetune summarize runs/first train.jsonl -o runs/summaries
+    """
+    _run("summarize", None, **values)
+
+
 def _run(
     task: str,
     own: Any,

@@ -43,7 +43,7 @@ class ChatTask:
 
     def encoded(self, examples: Iterable[Example], tokenizer: TextTokenizer) -> Iterator[Row]:
         """Conversations through the template, the rest as it stands."""
-        self._sizes = _token_sizes(tokenizer)
+        self._sizes = token_sizes(tokenizer)
         with contextlib.closing(ChatExampleEncoder(open_template(tokenizer), tokenizer)) as conversations:
             for example in examples:
                 match example:
@@ -121,7 +121,7 @@ def _completion(tokenizer: TextTokenizer, prompt: str, completion: str) -> tuple
     return before + after, [False] * len(before) + [True] * len(after)
 
 
-def _token_sizes(tokenizer: TextTokenizer) -> np.ndarray[Any, np.dtype[np.int64]]:
+def token_sizes(tokenizer: TextTokenizer) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The bytes that each token stands for; special ones stand for none."""
     sizes = np.array([len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)], np.int64)
     sizes[sorted(tokenizer.special_ids)] = 0

@@ -77,10 +77,17 @@ class Task(Protocol):
 
 def make_task(name: str, settings: Any = None) -> Task:
     """The task of that name. `settings`: the dataclass that it alone has."""
+    from llmcli.operations.task_answer import AnswerTask
     from llmcli.operations.task_chat import ChatTask
     from llmcli.operations.task_classify import ClassifyTask
+    from llmcli.operations.task_summarize import SummarizeTask
 
-    kinds: dict[str, Callable[..., Task]] = {"chat": ChatTask, "classify": ClassifyTask}
+    kinds: dict[str, Callable[..., Task]] = {
+        "chat": ChatTask,
+        "classify": ClassifyTask,
+        "answer": AnswerTask,
+        "summarize": SummarizeTask,
+    }
     if name not in kinds:
         raise UsageError(f"no task {name!r}; there are {', '.join(kinds)}", where="task")
     return kinds[name]() if settings is None else kinds[name](settings)
