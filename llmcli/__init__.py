@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from llmcli.config import AnswerConfig as AnswerConfig
     from llmcli.config import BenchConfig as BenchConfig
     from llmcli.config import ChatConfig as ChatConfig
     from llmcli.config import ClassifyConfig as ClassifyConfig
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from llmcli.config import PretrainConfig as PretrainConfig
     from llmcli.config import SamplingConfig as SamplingConfig
     from llmcli.config import SpeculationConfig as SpeculationConfig
+    from llmcli.config import SummarizeConfig as SummarizeConfig
     from llmcli.config import TextConfig as TextConfig
     from llmcli.config import TokenizerConfig as TokenizerConfig
     from llmcli.data.corpus import open_corpus as open_corpus
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from llmcli.errors import LlmcliError as LlmcliError
     from llmcli.files.artefacts import AdaptedModel as AdaptedModel
     from llmcli.models.folder import load_model as load_model
+    from llmcli.operations.answer import answer as answer
     from llmcli.operations.bench import bench as bench
     from llmcli.operations.chat import open_chat as open_chat
     from llmcli.operations.check_data import check_data as check_data
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     from llmcli.operations.pretrain import plan_pretraining as plan_pretraining
     from llmcli.operations.pretrain import pretrain as pretrain
     from llmcli.operations.quickstart import quickstart as quickstart
+    from llmcli.operations.summarize import summarize as summarize
     from llmcli.operations.tokenizer import tokenizer_info as tokenizer_info
     from llmcli.operations.tokenizer import train_tokenizer as train_tokenizer
     from llmcli.operations.verify import verify as verify
@@ -62,13 +66,14 @@ _HOMES = {
         *("BenchConfig", "ChatConfig", "CompleteConfig", "ConstraintConfig", "ConvertConfig", "CorpusConfig"),
         *("EvaluateConfig", "ExportConfig", "GenerateConfig", "LabelledConfig", "PretrainConfig", "SamplingConfig"),
         *("ClassifyConfig", "ClassifyTuneConfig", "FinetuneConfig", "LoraConfig", "SpeculationConfig", "TextConfig"),
-        "TokenizerConfig",
+        *("AnswerConfig", "SummarizeConfig", "TokenizerConfig"),
     ),
     "errors": ("LlmcliError",),
     "files.artefacts": ("AdaptedModel",),
     "data.corpus": ("open_corpus",),
     "data.tokenizer": ("load_tokenizer",),
     "models.folder": ("load_model",),
+    "operations.answer": ("answer",),
     "operations.bench": ("bench",),
     "operations.chat": ("open_chat",),
     "operations.check_data": ("check_data",),
@@ -86,6 +91,7 @@ _HOMES = {
     "operations.prepare": ("prepare",),
     "operations.pretrain": ("plan_pretraining", "pretrain"),
     "operations.quickstart": ("quickstart",),
+    "operations.summarize": ("summarize",),
     "operations.tokenizer": ("tokenizer_info", "train_tokenizer"),
     "operations.verify": ("verify",),
 }

@@ -13,9 +13,11 @@ from llmcli.config_finetune import ClassifyTuneConfig as ClassifyTuneConfig
 from llmcli.config_finetune import FinetuneConfig as FinetuneConfig
 from llmcli.config_finetune import LabelledConfig as LabelledConfig
 from llmcli.config_finetune import LoraConfig as LoraConfig
+from llmcli.config_generation import AnswerConfig as AnswerConfig
 from llmcli.config_generation import ChatConfig as ChatConfig
 from llmcli.config_generation import ConstraintConfig as ConstraintConfig
 from llmcli.config_generation import SpeculationConfig as SpeculationConfig
+from llmcli.config_generation import SummarizeConfig as SummarizeConfig
 from llmcli.settings import check as check
 from llmcli.settings import from_mapping as from_mapping
 from llmcli.settings import nearest as nearest

@@ -1,4 +1,4 @@
-"""Settings of conversations and of constrained output; `llmcli.config` gives them out with the others."""
+"""Settings of chat, answers, summaries, constrained output; `llmcli.config` gives them out with the others."""
 
 from __future__ import annotations
 
@@ -71,3 +71,56 @@ class ConstraintConfig:
         (), "One of these texts; given again for each.", group="Constraint", metavar="TEXT"
     )
     grammar: str | None = setting(None, "Text that fits a grammar (Lark).", group="Constraint", metavar="FILE")
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerConfig:
+    """How a question about a text is answered."""
+
+    max_new_tokens: int = setting(
+        32, "Tokens of an answer at most.", group="Answer", aliases=("--max-tokens",), minimum=1
+    )
+    overlap: float = setting(
+        0.25,
+        "Share of a window that the next one reads again, of a text that is longer than the model's context.",
+        group="Answer",
+        minimum=0,
+        maximum=0.9,
+    )
+    temperature: float = setting(
+        0.0,
+        "Above 0 answers are drawn; 0: always the most probable token.",
+        group="Answer",
+        aliases=("--temp",),
+        minimum=0,
+        maximum=100,
+    )
+    seed: int = setting(0, "Of what is drawn.", group="Answer", minimum=0, maximum=2**63 - 1)
+    batch_size: int = setting(8, "Windows at once.", group="Machine", minimum=1, maximum=4096)
+    device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
+    threads: int | None = setting(
+        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SummarizeConfig:
+    """How a text is summarized."""
+
+    max_new_tokens: int = setting(
+        128, "Tokens of a summary at most.", group="Summary", aliases=("--max-tokens",), minimum=1
+    )
+    temperature: float = setting(
+        0.0,
+        "Above 0 summaries are drawn; 0: always the most probable token.",
+        group="Summary",
+        aliases=("--temp",),
+        minimum=0,
+        maximum=100,
+    )
+    seed: int = setting(0, "Of what is drawn.", group="Summary", minimum=0, maximum=2**63 - 1)
+    batch_size: int = setting(8, "Sections at once.", group="Machine", minimum=1, maximum=4096)
+    device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
+    threads: int | None = setting(
+        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024
+    )

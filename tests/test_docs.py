@@ -95,10 +95,14 @@ tokenizer decode -t tokenizer 39 68
 tokenizer info tokenizer notes.txt
 data check notes.txt
 data prepare notes.txt -t tokenizer -o corpus
-pretrain corpus -o runs/first --layers 1 --hidden-size 16 --heads 2 --context 16 --max-steps 3 --threads 1
+pretrain corpus -o runs/first --layers 1 --hidden-size 16 --heads 2 --context 48 --max-steps 3 --threads 1
 finetune chat runs/first sums.jsonl -o runs/chat --max-steps 2 --threads 1
 finetune classify runs/first labels.tsv -o runs/adapter --lora --max-steps 2 --threads 1
 classify -m runs/first --adapter runs/adapter "A boat." --threads 1
+finetune answer runs/first squad.json -o runs/answers --max-steps 2 --threads 1
+answer -m runs/answers --context boat.txt Where? --max-tokens 3 --threads 1
+finetune summarize runs/first pairs.jsonl -o runs/summaries --max-steps 2 --threads 1
+summarize -m runs/summaries --input notes.txt --max-tokens 3 --threads 1
 merge runs/first runs/adapter -o merged
 plot runs/first
 evaluate runs/first held-out.txt --threads 1
@@ -121,6 +125,14 @@ def test_the_pipeline_of_the_readme_runs_from_end_to_end(llmcli: Run, tmp_path: 
     (tmp_path / "held-out.txt").write_text("The old man had a boat.\n" * 4)
     (tmp_path / "labels.tsv").write_text("text\tlabel\na boat\tsea\na man\tland\n" * 4)
     (tmp_path / "sums.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n{"prompt": "1", "completion": "2"}\n')
+    (tmp_path / "boat.txt").write_text("A boat.")
+    questions = [
+        {"context": "A boat.", "question": "What?", "answers": ["boat"]},
+        {"context": "A", "question": "Where?"},
+    ]
+    (tmp_path / "squad.json").write_text(json.dumps([{"answers": [], **each} for each in questions]))
+    pairs = [{"source": "A boat.", "target": "boat"}, {"source": "A man.", "target": "man"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in pairs))
     (tmp_path / "chat.jinja").write_text("{{ messages[-1].content }}")
     (tmp_path / "message.jsonl").write_text('{"role": "user", "content": "The old"}\n')
     write_bin(tmp_path / "stories15M.bin")

@@ -31,6 +31,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "chat": ("chat", "chat", "Talk with a model, turn by turn."),
     "complete": ("complete", "complete", "List the most probable completions of a prefix."),
     "convert": ("convert", "convert", "Convert a model of another program to a model folder."),
+    "answer": ("answer", "answer", "Answer a question about a text."),
+    "summarize": ("summarize", "summarize", "Summarize a text, section by section where it is long."),
     "classify": ("classify", "classify", "Give texts the label that a model has learnt, with its probability."),
     "info": ("info", "info", "Describe a tokenizer, corpus, run or model."),
     "verify": ("verify", "verify", "Check that an artefact is whole and consistent."),
