@@ -15,7 +15,7 @@ from llmcli.config import AnswerConfig, SamplingConfig
 from llmcli.data.cut_prompts import cut_prompt
 from llmcli.data.spans import find_span
 from llmcli.data.stop_strings import StopStrings
-from llmcli.data.task_prompts import ANSWER_STOP, answer_parts, said_answer
+from llmcli.data.task_prompts import ANSWER_STOP, NO_ANSWER, answer_parts, said_answer
 from llmcli.data.tokenizer import TextTokenizer
 from llmcli.errors import DataError, UsageError
 from llmcli.files.artefacts import Model
@@ -72,7 +72,8 @@ def answer_by(
     _refuse_empty(context, question)
     question = " ".join(question.split())
     tokenizer = generator.tokenizer
-    limit = max(1, min(config.max_new_tokens, generator.session.context // 4))
+    least = len(tokenizer.encode(f" {NO_ANSWER}{ANSWER_STOP}"))  # less would cut it short, and it would be an answer
+    limit = max(least, min(config.max_new_tokens, generator.session.context // 4))
     asked = len(tokenizer.encode("".join(answer_parts("", question)), special=True))
     room = generator.session.context - limit - asked
     if room < _FEWEST:
