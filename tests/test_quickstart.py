@@ -13,10 +13,10 @@ import pytest
 from conftest import ROOT, Run
 
 from llmcli.data.corpus import open_corpus
-from llmcli.data.python_text import help_topics, module_docstrings
+from llmcli.data.python_text import function_pairs, help_topics, module_docstrings
 from llmcli.operations.verify import verify
 
-STAGES = ["tokenizer", "corpus", "model", "curve", "sample", "completion", "export", "int4"]
+STAGES = ["tokenizer", "corpus", "model", "curve", "sample", "completion", "chat", "answer", "export", "int4"]
 TEXT = "The function returns a list. The function takes a tuple, and the list is sorted.\n" * 400
 
 
@@ -24,13 +24,14 @@ def test_a_users_file_becomes_a_model_that_writes(llmcli: Run, tmp_path: Path) -
     (tmp_path / "notes.txt").write_text(TEXT)
     done = llmcli("quickstart", "notes.txt", "-o", "first", "--seconds", 5, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
-    for stage in (*STAGES[:4], "export"):
+    for stage in (*STAGES[:4], "chat", "export"):
         assert f"\n{stage} " in done.stdout
     assert "The model writes:\nThe " in done.stdout
     assert "It completes 'The func':" in done.stdout
+    assert "It was taught what Python's functions do. What does " in done.stdout
     assert "In int4, on onnxruntime, it writes:\nThe " in done.stdout
-    made = {"tokenizer": "tokenizer", "corpus": "corpus", "run": "run", "model": "run/model", "onnx": "int4"}
-    for kind, place in made.items():
+    made = [("tokenizer", "tokenizer"), ("corpus", "corpus"), ("run", "run"), ("model", "run/model"), ("onnx", "int4")]
+    for kind, place in (*made, ("run", "chat"), ("model", "chat/model")):
         verdict = verify(tmp_path / "first" / place, values=True)
         assert (verdict.kind, verdict.problems) == (kind, ())
     assert (tmp_path / "first" / "run" / "loss.svg").read_text().startswith("<?xml")
@@ -47,6 +48,12 @@ def test_as_json_it_is_a_record_a_stage_and_an_output_that_exists_is_refused(llm
     assert [record["stage"] for record in records] == STAGES
     assert all(set(record) == {"stage", "seconds", "made", "figures"} for record in records)
     assert records[2]["figures"]["parameters"] > 10**5
+    taught, answered = (record["figures"] for record in records[-4:-2])
+    questions = [json.loads(line) for line in (tmp_path / "first" / "functions.jsonl").read_text("utf-8").splitlines()]
+    assert taught["examples"] == len(questions) == 200
+    assert taught["steps"] > 0
+    assert answered["question"] in [each["instruction"] for each in questions]
+    assert set(answered) == {"question", "text", "tokens"}
     exported = records[-2]["figures"]
     assert exported["int4_bytes"] < exported["model_bytes"] / 2
     assert -20 < exported["perplexity_increase_percent"] < 20
@@ -70,6 +77,16 @@ def test_without_text_the_corpus_is_what_python_brings(tmp_path: Path) -> None:
     corpus = open_corpus(tmp_path / "first" / "corpus")
     assert corpus.val_tokens > 1000
     assert corpus.train_documents + corpus.val_documents == len(texts)
+
+
+def test_functions_are_told_by_their_signature_and_a_whole_sentence() -> None:
+    pairs = dict(function_pairs())
+    assert pairs["posixpath.basename(p)"] == "Returns the final component of a pathname."
+    for signature, sentence in pairs.items():
+        assert sentence[0].isupper()
+        assert sentence.endswith(".")
+        assert max(len(signature), len(sentence)) <= 120
+        assert "\n" not in signature + sentence
 
 
 def test_text_that_is_none_leaves_what_was_there(llmcli: Run, tmp_path: Path) -> None:

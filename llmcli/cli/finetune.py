@@ -66,7 +66,7 @@ def classify(classify_tune_config: ClassifyTuneConfig, **values: Any) -> None:
 
 @_task()
 def answer(**values: Any) -> None:
-    r"""Fine-tune a model to answer questions about a text, or to say that it does not answer them.
+    """Fine-tune a model to answer questions about a text, or to say that it does not answer them.
 
     The first answer of each question is learnt. With --on-long cut the text is cut, never the question or the answer.
 
@@ -79,7 +79,7 @@ def answer(**values: Any) -> None:
 
 @_task()
 def summarize(**values: Any) -> None:
-    r"""Fine-tune a model to summarize texts.
+    """Fine-tune a model to summarize texts.
 
     The first summary of each text is learnt. With --on-long cut the text is cut, never its summary.
 

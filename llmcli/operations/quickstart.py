@@ -1,5 +1,5 @@
-"""`quickstart`: the whole way once, by the same operations as the commands: text, tokenizer, corpus, model, words,
-and the same model in int4 on onnxruntime.
+"""`quickstart`: the whole way once, by the same operations as the commands: text, tokenizer, corpus, model, words, a
+chat about Python's functions, and the same model in int4 on onnxruntime.
 
 Invariant: everything it makes lies in one folder, and each step's figures are in the record that ends it.
 """
@@ -15,19 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from llmcli.config import (
+    ChatConfig,
     CompleteConfig,
     CorpusConfig,
     ExportConfig,
+    FinetuneConfig,
     GenerateConfig,
     PretrainConfig,
+    SamplingConfig,
     TextConfig,
     TokenizerConfig,
 )
-from llmcli.data.python_text import python_texts
+from llmcli.data.python_text import function_pairs, python_texts
 from llmcli.errors import MissingExtraError
 from llmcli.files.atomic import make_folders, moved_aside, refuse_existing, write_file
+from llmcli.operations.chat import Answer, open_chat
 from llmcli.operations.complete import complete
 from llmcli.operations.export import ExportReport, export
+from llmcli.operations.finetune import finetune
 from llmcli.operations.generate import Generated, generate
 from llmcli.operations.plot import draw, read_curves
 from llmcli.operations.prepare import PrepareReport, prepare
@@ -39,7 +44,9 @@ from llmcli.training.loop import TrainingEvent
 
 PROMPT = "The "
 PREFIX = "The func"
-_MADE = ("text.jsonl", "tokenizer", "corpus", "run", "int4")
+_MADE = ("text.jsonl", "tokenizer", "corpus", "run", "functions.jsonl", "chat", "int4")
+_FUNCTIONS = 200  # that are taught: the shortest, since so small a model learns few in seconds
+_ASKED = ("posixpath.basename", "os.getenv")  # the first of these that this Python documents, else its first function
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -144,6 +151,10 @@ def _stages(
     except MissingExtraError:
         pass
     yield from _words(run / "model", seed, done)
+    for tuned in _tuned(run / "model", place, seconds, seed, stopping, done):
+        yield tuned
+        if isinstance(tuned, TrainingEvent) and tuned.reason == "stopped":
+            return
     yield from _exported(run / "model", place / "corpus", place / "int4", done)
     yield _sample("int4", place / "int4", seed, done)
 
@@ -168,6 +179,40 @@ def _sample(stage: str, model: Path, seed: int, done: Callable[..., StageDone]) 
         if isinstance(record, Generated):
             return done(stage, "", prompt=PROMPT, text=record.text, tokens=record.tokens)
     raise AssertionError("a prompt has a text")
+
+
+def _tuned(
+    model: Path,
+    place: Path,
+    seconds: float,
+    seed: int,
+    stopping: Callable[[], bool],
+    done: Callable[..., StageDone],
+) -> Iterator[Progress | Started | TrainingEvent | StageDone]:
+    """The model taught to answer what Python's functions do, and such an answer."""
+    data, run = place / "functions.jsonl", place / "chat"
+    pairs = sorted(function_pairs(), key=lambda pair: len("".join(pair)))[:_FUNCTIONS]
+    asked = {f"What does {signature} do?": sentence for signature, sentence in pairs}
+    lines = [{"instruction": question, "output": sentence} for question, sentence in asked.items()]
+    write_file(data, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    config = FinetuneConfig(
+        epochs=20, max_seconds=seconds / 6, learning_rate=3e-3, val_split=0, seed=seed, on_long="drop"
+    )
+    last = None
+    for event in finetune("chat", model, data, run, config, stopping=stopping):
+        yield event
+        last = event if isinstance(event, TrainingEvent) else last
+    assert last is not None
+    if last.reason == "stopped":
+        return
+    yield done("chat", run / "model", examples=len(lines), steps=last.step, loss=last.loss)
+    question = next((each for name in _ASKED for each in asked if f" {name}(" in each), lines[0]["instruction"])
+    chat = open_chat(run / "model", ChatConfig(max_new_tokens=48, seed=seed), SamplingConfig(temperature=0))
+    try:
+        answer = next(each for each in chat.ask(question) if isinstance(each, Answer))
+    finally:
+        chat.close()
+    yield done("answer", "", question=question, text=answer.content.strip(), tokens=answer.tokens)
 
 
 def _exported(
