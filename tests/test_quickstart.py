@@ -52,6 +52,7 @@ def test_as_json_it_is_a_record_a_stage_and_an_output_that_exists_is_refused(llm
     questions = [json.loads(line) for line in (tmp_path / "first" / "functions.jsonl").read_text("utf-8").splitlines()]
     assert taught["examples"] == len(questions) == 200
     assert taught["steps"] > 0
+    assert taught["loss"] > 0
     assert answered["question"] in [each["instruction"] for each in questions]
     assert set(answered) == {"question", "text", "tokens"}
     exported = records[-2]["figures"]

@@ -196,16 +196,19 @@ def _tuned(
     lines = [{"instruction": question, "output": sentence} for question, sentence in asked.items()]
     write_file(data, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     config = FinetuneConfig(
-        epochs=20, max_seconds=seconds / 6, learning_rate=3e-3, val_split=0, seed=seed, on_long="drop"
+        epochs=20, max_seconds=max(2.0, seconds / 6), learning_rate=3e-3, val_split=0, seed=seed, on_long="drop"
     )
     last = None
+    loss: float | None = None
     for event in finetune("chat", model, data, run, config, stopping=stopping):
         yield event
-        last = event if isinstance(event, TrainingEvent) else last
+        if isinstance(event, TrainingEvent):
+            last = event
+            loss = event.loss if event.event == "step" else loss
     assert last is not None
     if last.reason == "stopped":
         return
-    yield done("chat", run / "model", examples=len(lines), steps=last.step, loss=last.loss)
+    yield done("chat", run / "model", examples=len(lines), steps=last.step, loss=loss)
     question = next((each for name in _ASKED for each in asked if f" {name}(" in each), lines[0]["instruction"])
     chat = open_chat(run / "model", ChatConfig(max_new_tokens=48, seed=seed), SamplingConfig(temperature=0))
     try:
