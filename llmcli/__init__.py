@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from llmcli.config import GenerateConfig as GenerateConfig
     from llmcli.config import LabelledConfig as LabelledConfig
     from llmcli.config import LoraConfig as LoraConfig
+    from llmcli.config import PreferTuneConfig as PreferTuneConfig
     from llmcli.config import PretrainConfig as PretrainConfig
     from llmcli.config import SamplingConfig as SamplingConfig
     from llmcli.config import SpeculationConfig as SpeculationConfig
     from llmcli.config import SummarizeConfig as SummarizeConfig
+    from llmcli.config import SweepConfig as SweepConfig
     from llmcli.config import TextConfig as TextConfig
     from llmcli.config import TokenizerConfig as TokenizerConfig
     from llmcli.data.corpus import open_corpus as open_corpus
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from llmcli.operations.convert import convert as convert
     from llmcli.operations.evaluate import evaluate as evaluate
     from llmcli.operations.export import export as export
+    from llmcli.operations.find_rate import find_rate as find_rate
     from llmcli.operations.finetune import finetune as finetune
     from llmcli.operations.finetune import plan_finetuning as plan_finetuning
     from llmcli.operations.generate import generate as generate
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
     from llmcli.operations.pretrain import pretrain as pretrain
     from llmcli.operations.quickstart import quickstart as quickstart
     from llmcli.operations.summarize import summarize as summarize
+    from llmcli.operations.sweep import sweep as sweep
     from llmcli.operations.tokenizer import tokenizer_info as tokenizer_info
     from llmcli.operations.tokenizer import train_tokenizer as train_tokenizer
     from llmcli.operations.verify import verify as verify
@@ -66,7 +70,7 @@ _HOMES = {
         *("BenchConfig", "ChatConfig", "CompleteConfig", "ConstraintConfig", "ConvertConfig", "CorpusConfig"),
         *("EvaluateConfig", "ExportConfig", "GenerateConfig", "LabelledConfig", "PretrainConfig", "SamplingConfig"),
         *("ClassifyConfig", "ClassifyTuneConfig", "FinetuneConfig", "LoraConfig", "SpeculationConfig", "TextConfig"),
-        *("AnswerConfig", "SummarizeConfig", "TokenizerConfig"),
+        *("AnswerConfig", "PreferTuneConfig", "SummarizeConfig", "SweepConfig", "TokenizerConfig"),
     ),
     "errors": ("LlmcliError",),
     "files.artefacts": ("AdaptedModel",),
@@ -83,6 +87,7 @@ _HOMES = {
     "operations.convert": ("convert",),
     "operations.evaluate": ("evaluate",),
     "operations.export": ("export",),
+    "operations.find_rate": ("find_rate",),
     "operations.finetune": ("finetune", "plan_finetuning"),
     "operations.generate": ("generate", "open_generator"),
     "operations.generate_file": ("generate_file",),
@@ -92,6 +97,7 @@ _HOMES = {
     "operations.pretrain": ("plan_pretraining", "pretrain"),
     "operations.quickstart": ("quickstart",),
     "operations.summarize": ("summarize",),
+    "operations.sweep": ("sweep",),
     "operations.tokenizer": ("tokenizer_info", "train_tokenizer"),
     "operations.verify": ("verify",),
 }

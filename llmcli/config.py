@@ -13,6 +13,8 @@ from llmcli.config_finetune import ClassifyTuneConfig as ClassifyTuneConfig
 from llmcli.config_finetune import FinetuneConfig as FinetuneConfig
 from llmcli.config_finetune import LabelledConfig as LabelledConfig
 from llmcli.config_finetune import LoraConfig as LoraConfig
+from llmcli.config_finetune import PreferTuneConfig as PreferTuneConfig
+from llmcli.config_finetune import SweepConfig as SweepConfig
 from llmcli.config_generation import AnswerConfig as AnswerConfig
 from llmcli.config_generation import ChatConfig as ChatConfig
 from llmcli.config_generation import ConstraintConfig as ConstraintConfig

@@ -60,7 +60,7 @@ class FinetuneConfig:
     optimizer: str = setting("adamw", "For the matrices of the blocks.", group="Training", choices=("adamw", "muon"))
     learning_rate: float | None = setting(
         None,
-        "Peak, for the blocks (default: 1e-4, with --lora 5e-4; muon 2e-3).",
+        "Peak, for the blocks (default: 1e-4, with --lora 5e-4; muon 2e-3; preferences: a tenth).",
         group="Training",
         aliases=("--lr",),
         above=0,
@@ -146,6 +146,37 @@ class ClassifyTuneConfig:
         "balanced: rare labels count more, each label as much as any other in all.",
         group="Labels",
         choices=("none", "balanced"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferTuneConfig:
+    """What is particular to learning preferences (DPO, arXiv:2305.18290)."""
+
+    beta: float = setting(
+        0.1, "How dear it is to part from the model as it was.", group="Preferences", above=0, maximum=1e6
+    )
+    label_smoothing: float = setting(
+        0.0,
+        "Share of the pairs that may be labelled the wrong way round.",
+        group="Preferences",
+        minimum=0,
+        maximum=0.49,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """Which settings are tried, and how."""
+
+    sweep: tuple[str, ...] = setting(
+        (), "Try each of these values; may be given again, for each combination.", group="Search", metavar="NAME=V,..."
+    )
+    sweep_method: str = setting(
+        "grid",
+        "Run every trial to its end, or stop the worse half again and again, ever later.",
+        group="Search",
+        choices=("grid", "halving"),
     )
 
 

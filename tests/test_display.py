@@ -248,3 +248,10 @@ def test_durations_are_as_people_say_them() -> None:
     assert [duration(seconds) for seconds in (0.4, 59.4, 59.6, 61, 3599.7, 3600, 7_800, 360_000)] == [
         *("0 s", "59 s", "1 min 00 s", "1 min 01 s", "1 h 00 min", "1 h 00 min", "2 h 10 min", "100 h 00 min")
     ]
+
+
+def test_the_panel_shows_a_validation_that_has_no_bytes() -> None:
+    panel = _Panel(lambda: False)
+    panel.take(TrainingEvent("step", 1, 1, loss=0.7, learning_rate=0.1, tokens_per_second=1.0, progress=0.5))
+    panel.take(TrainingEvent("validation", 1, 1, loss=0.6931, figures={"accuracy": 1.0}))
+    assert ("validation", "0.6931 nats") in panel._pairs()

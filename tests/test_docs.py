@@ -98,6 +98,7 @@ data prepare notes.txt -t tokenizer -o corpus
 pretrain corpus -o runs/first --layers 1 --hidden-size 16 --heads 2 --context 48 --max-steps 3 --threads 1
 finetune chat runs/first sums.jsonl -o runs/chat --max-steps 2 --threads 1
 finetune classify runs/first labels.tsv -o runs/adapter --lora --max-steps 2 --threads 1
+finetune prefer runs/chat pairs.jsonl -o runs/preferred --max-steps 2 --threads 1
 classify -m runs/first --adapter runs/adapter "A boat." --threads 1
 finetune answer runs/first squad.json -o runs/answers --max-steps 2 --threads 1
 answer -m runs/answers --context boat.txt Where? --max-tokens 3 --threads 1
@@ -133,6 +134,8 @@ def test_the_pipeline_of_the_readme_runs_from_end_to_end(llmcli: Run, tmp_path: 
     (tmp_path / "squad.json").write_text(json.dumps([{"answers": [], **each} for each in questions]))
     pairs = [{"source": "A boat.", "target": "boat"}, {"source": "A man.", "target": "man"}]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in pairs))
+    pair = '{"prompt": "1+%d=", "chosen": "2", "rejected": "3"}\n'
+    (tmp_path / "pairs.jsonl").write_text("".join(pair % number for number in range(4)))
     (tmp_path / "chat.jinja").write_text("{{ messages[-1].content }}")
     (tmp_path / "message.jsonl").write_text('{"role": "user", "content": "The old"}\n')
     write_bin(tmp_path / "stories15M.bin")

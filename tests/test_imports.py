@@ -61,6 +61,7 @@ STAGED = {
     "onnx/external.py:ExternalData.__init__": "the large tensors, into the staged folder it is given",
     "onnx/folder.py:_write": "the graph, into the staged folder it is given",
     "operations/run_folder.py:RunFolder.save": "a checkpoint's files, into the staged folder it is given",
+    "operations/sweep.py:_keep": "a copy of the best trial's model, into the staged folder",
     "operations/run_folder.py:WholeModel.write": "the tokenizer beside the model, into the staged folder it is given",
 }
 

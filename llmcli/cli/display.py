@@ -151,6 +151,11 @@ def validation_line(event: TrainingEvent) -> str:
     )
 
 
+def _measure(event: TrainingEvent) -> str:
+    """A validation's chief figure; labels and preferences have no bytes."""
+    return f"{event.loss:.4f} nats" if event.bits_per_byte is None else f"{event.bits_per_byte:.4f} bits/byte"
+
+
 def _plain_training() -> Callable[[TrainingEvent], None]:
     told = 0.0
     speeds: list[float] = []
@@ -236,7 +241,7 @@ class _Panel:
             ("progress", self._bar(share)),
             ("loss", f"{event.loss:.4f} nats/token"),
             ("speed", f"{sorted(self.speeds)[len(self.speeds) // 2]:,.0f} tokens/s"),
-            ("validation", f"{held.bits_per_byte:.4f} bits/byte" if held else "none yet"),
+            ("validation", _measure(held) if held else "none yet"),
             ("learning rate", f"{event.learning_rate:.2e}"),
             ("memory", self._memory()),
             ("time left", f"{duration(left)} ({duration(event.elapsed_seconds)} gone)"),

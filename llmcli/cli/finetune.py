@@ -9,7 +9,9 @@ import click
 
 from llmcli.cli.options import HELP, GroupedCommand, settings, shared_options
 from llmcli.cli.running import Signals, given_names, run_options, shown, tell_end, tell_plan
-from llmcli.config import ClassifyTuneConfig, FinetuneConfig, LabelledConfig, LoraConfig
+from llmcli.cli.search import is_sweep, search_options, show_rate, show_sweep
+from llmcli.config import ClassifyTuneConfig, FinetuneConfig, LabelledConfig, LoraConfig, PreferTuneConfig, SweepConfig
+from llmcli.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -25,7 +27,8 @@ def _task(*own: type) -> Callable[[F], click.Command]:
     def decorate(function: F) -> click.Command:
         for option in (
             shared_options,
-            settings(FinetuneConfig, LoraConfig, LabelledConfig, *own),
+            settings(FinetuneConfig, LoraConfig, LabelledConfig, *own, SweepConfig),
+            search_options,
             run_options,
             click.option("-o", "--output", "run", required=True, metavar="DIR", help="Folder of the run."),
             click.argument("data", metavar="DATA...", nargs=-1, required=True),
@@ -47,6 +50,7 @@ def chat(**values: Any) -> None:
     \b
     Example:
       llmcli finetune chat runs/first alpaca.json -o runs/chat
+      llmcli finetune chat runs/first alpaca.json -o runs/best --sweep learning_rate=1e-4,3e-4 --sweep batch_size=16,32
     """
     _run("chat", None, **values)
 
@@ -90,6 +94,20 @@ def summarize(**values: Any) -> None:
     _run("summarize", None, **values)
 
 
+@_task(PreferTuneConfig)
+def prefer(prefer_tune_config: PreferTuneConfig, **values: Any) -> None:
+    """Fine-tune a model to give the better of two answers (DPO).
+
+    DATA has a prompt with a chosen and a rejected answer. What the model gives both is computed once, before the first
+    step, and kept in the run. Begin from a model that was tuned to chat.
+
+    \b
+    Example:
+      llmcli finetune prefer runs/chat pairs.jsonl -o runs/preferred
+    """
+    _run("prefer", prefer_tune_config, **values)
+
+
 def _run(
     task: str,
     own: Any,
@@ -100,18 +118,32 @@ def _run(
     resume: str | None,
     dry_run: bool,
     overwrite: bool,
+    find_lr: bool,
+    find_lr_steps: int,
     finetune_config: FinetuneConfig,
     lora_config: LoraConfig,
     labelled_config: LabelledConfig,
+    sweep_config: SweepConfig,
 ) -> None:
+    if find_lr and (sweep_config.sweep or resume or dry_run):
+        raise UsageError("goes with none of --sweep, --resume and --dry-run", where="--find-lr")
     from llmcli.operations.finetune import finetune as operation
     from llmcli.operations.finetune import plan_finetuning
 
     asked = (finetune_config, lora_config, labelled_config, own)
+    signals = Signals()
+    if find_lr:
+        from llmcli.operations.find_rate import find_rate
+
+        show_rate(find_rate(task, model, data, run, *asked, steps=find_lr_steps, stopping=signals), signals)
+        return
     if dry_run:
         tell_plan(plan_finetuning(task, model, data, *asked))
         return
-    signals = Signals()
-    names = given_names()
-    work = operation(task, model, data, run, *asked, resume=resume, overwrite=overwrite, given=names, stopping=signals)
-    tell_end(run, shown(work, signals))
+    common: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "given": given_names(), "stopping": signals}
+    if sweep_config.sweep or (resume and is_sweep(run)):
+        from llmcli.operations.sweep import sweep
+
+        show_sweep(sweep(task, model, data, run, *asked, sweep_config, **common), signals)
+        return
+    tell_end(run, shown(operation(task, model, data, run, *asked, **common), signals))

@@ -27,7 +27,7 @@ from llmcli.operations import run_folder, training_run
 from llmcli.operations.finetune_data import TuningData, read_data
 from llmcli.operations.finetune_settings import choose_machine, plan_of, settle
 from llmcli.operations.records import Progress
-from llmcli.operations.tasks import Task, make_task
+from llmcli.operations.tasks import Referring, Task, make_task
 from llmcli.operations.training_run import Started
 from llmcli.training.loop import Loop, LoopSettings, TrainingEvent, TrainingState, Validation
 from llmcli.training.machine import Machine, prepare_machine
@@ -98,8 +98,8 @@ def plan_finetuning(
     """The plan of a run: the data is read and checked, nothing is trained or written."""
     inputs = [str(data)] if isinstance(data, str | Path) else [str(item) for item in data]
     settings = _checked(config, lora, labelled, own)
-    for record in _prepared(task, resolve_model(model, onnx=False), inputs, settings):
-        if isinstance(record, _Prepared):
+    for record in prepared_run(task, resolve_model(model, onnx=False), inputs, settings):
+        if isinstance(record, PreparedRun):
             return record.started("", None, ())
     raise AssertionError("the data was read")
 
@@ -116,7 +116,7 @@ def _checked(*settings: Any) -> list[Any]:
 
 
 @dataclasses.dataclass
-class _Prepared:
+class PreparedRun:
     """A run that could begin: everything but its folder."""
 
     task: Task
@@ -146,9 +146,9 @@ class _Prepared:
         return Started(run, plan, self.machine, shape, self.config, resumed, tuple(notices), self.data.described())
 
 
-def _prepared(
+def prepared_run(
     name: str, base: Path, inputs: Sequence[str], settings: list[Any]
-) -> Generator[Progress | _Prepared, None, None]:
+) -> Generator[Progress | PreparedRun, None, None]:
     """Reads data and model; yields how far it is, and last what a run needs."""
     config, lora, labelled, *own = settings
     task = make_task(name, *own)
@@ -164,7 +164,8 @@ def _prepared(
     assert data is not None
     machine = choose_machine(config, shape)
     prepare_machine(machine)
-    config = settle(config, lora, machine, len(data.train))
+    share = task.rate_share if isinstance(task, Referring) else 1.0
+    config = settle(config, lora, machine, len(data.train), rate_share=share)
     loaded = load_model(base, "cpu", torch.float32)
     longer = tokenizer.vocab_size > given.vocab_size
     if longer:
@@ -183,7 +184,7 @@ def _prepared(
         model.requires_grad_(True)
         kept = run_folder.WholeModel(model, tokenizer, facts, ends)
     model.train()
-    yield _Prepared(task, tokenizer, data, model, config, [config, *settings[1:]], machine, kept)
+    yield PreparedRun(task, tokenizer, data, model, config, [config, *settings[1:]], machine, kept)
 
 
 def _in_folder(
@@ -194,9 +195,9 @@ def _in_folder(
     resume: str | None,
     stopping: Callable[[], bool],
 ) -> Generator[Progress | Started | TrainingEvent, None, None]:
-    prepared: _Prepared | None = None
-    for record in _prepared(name, base, inputs, opened.settings):
-        if isinstance(record, _Prepared):
+    prepared: PreparedRun | None = None
+    for record in prepared_run(name, base, inputs, opened.settings):
+        if isinstance(record, PreparedRun):
             prepared = record
         else:
             yield record
@@ -214,19 +215,24 @@ def _in_folder(
     folder = run_folder.RunFolder(opened.place, prepared.kept, lineage)
     started = prepared.started(str(opened.place), None, ())
     run_folder.check_space(opened.place, 2 * started.plan.checkpoint_bytes)
+    if isinstance(prepared.task, Referring):  # now, while the model is what the run begins from
+        key = "-".join([*(str(lineage[name]) for name in ("data", "tokenizer", "parent")), machine.precision])
+        rows = [*prepared.data.train, *prepared.data.validation]
+        yield from prepared.task.refer(model, rows, opened.place, key)
     origins = ["data", "tokenizer", "parent"]
     state, resumed, notices = training_run.gone_on(folder, resume, optimizer, machine.device, origins)
     opened.write(*prepared.settings)
     yield dataclasses.replace(started, resumed_from=resumed, notices=tuple(notices))
-    loop = _loop(prepared, optimizer, started.plan.steps, state, stopping)
+    loop = loop_of(prepared, optimizer, started.plan.steps, state, stopping)
     yield from training_run.trained(
         loop, folder, machine=machine, limit=config.save_total_limit, validated=bool(prepared.data.validation)
     )
 
 
-def _loop(
-    prepared: _Prepared, optimizer: Optimizer, steps: int | None, state: TrainingState, stopping: Callable[[], bool]
+def loop_of(
+    prepared: PreparedRun, optimizer: Optimizer, steps: int | None, state: TrainingState, stopping: Callable[[], bool]
 ) -> Loop:
+    """The loop of a run, from a state on."""
     task, config, model, data = prepared.task, prepared.config, prepared.model, prepared.data
     device = torch.device(prepared.machine.device)
     order = ExampleOrder(len(data.train), batch_size=config.batch_size // config.grad_accumulation, seed=config.seed)
@@ -262,7 +268,7 @@ def _loop(
     )
 
 
-def _validation(prepared: _Prepared, stopping: Callable[[], bool]) -> Callable[[], Validation | None]:
+def _validation(prepared: PreparedRun, stopping: Callable[[], bool]) -> Callable[[], Validation | None]:
     task, model, rows = prepared.task, prepared.model, prepared.data.validation
     device = torch.device(prepared.machine.device)
 

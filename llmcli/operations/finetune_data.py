@@ -99,20 +99,20 @@ def _key(row: Row) -> bytes:
 
 def _bounded(rows: list[Row], task: Task, longest: int, on_long: str) -> tuple[list[Row], int, int]:
     """The rows of at most `longest` ids; how many were cut, how many left out."""
-    over = [row for row in rows if len(row.ids) > longest]
+    over = [row for row in rows if row.longest > longest]
     if not over:
         return rows, 0, 0
     if on_long == "error":
-        worst = max(over, key=lambda row: len(row.ids))
+        worst = max(over, key=lambda row: row.longest)
         raise DataError(
-            f"{len(over):,} of {len(rows):,} examples have more than {longest:,} tokens (this one {len(worst.ids):,}); "
+            f"{len(over):,} of {len(rows):,} examples have more than {longest:,} tokens (this one {worst.longest:,}); "
             "--on-long cut, or --on-long drop",
             where=worst.where,
         )
     kept: list[Row] = []
     cut = 0
     for row in rows:
-        if len(row.ids) <= longest:
+        if row.longest <= longest:
             kept.append(row)
         elif on_long == "cut" and (shorter := task.cut(row, longest)) is not None:
             kept.append(shorter)

@@ -25,8 +25,10 @@ def choose_machine(config: FinetuneConfig, shape: DecoderConfig) -> Machine:
     return Machine(device, precision, False, choose_threads(config.threads))  # lengths change: nothing to compile
 
 
-def settle(config: FinetuneConfig, lora: LoraConfig, machine: Machine, examples: int) -> FinetuneConfig:
-    """Every setting that was left open. `examples`: those that are trained on."""
+def settle(
+    config: FinetuneConfig, lora: LoraConfig, machine: Machine, examples: int, *, rate_share: float = 1.0
+) -> FinetuneConfig:
+    """Every setting that was left open. `examples`: those that are trained on; `rate_share`: of the default rates."""
     if config.batch_size % config.grad_accumulation:
         raise ConfigError(
             f"{config.batch_size} examples cannot be worked off in {config.grad_accumulation} pieces",
@@ -36,12 +38,12 @@ def settle(config: FinetuneConfig, lora: LoraConfig, machine: Machine, examples:
     epoch = max(1, examples // config.batch_size)
     every = config.eval_every or min(max(1, epoch // 2, (steps or 0) // _VALIDATIONS), steps or epoch)
     muon = config.optimizer == "muon"
-    rate = config.learning_rate or (2e-3 if muon else 5e-4 if lora.lora else 1e-4)
+    rate = config.learning_rate or rate_share * (2e-3 if muon else 5e-4 if lora.lora else 1e-4)
     return dataclasses.replace(
         config,
         epochs=config.epochs or (None if config.max_steps or config.max_seconds else _EPOCHS),
         learning_rate=rate,
-        embedding_learning_rate=config.embedding_learning_rate or (1e-4 if muon else rate),
+        embedding_learning_rate=config.embedding_learning_rate or (rate_share * 1e-4 if muon else rate),
         warmup_steps=min(100, (steps or 200) // 20) if config.warmup_steps is None else config.warmup_steps,
         eval_every=every,
         save_every=config.save_every or every,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +60,8 @@ def check_output(path: str | Path) -> None:
 
 def draw(curves: Sequence[Curve], path: str | Path, x: str = "steps", y: str = "loss") -> None:
     """Writes the curves as SVG or PNG, by the path's ending; equal curves give equal bytes."""
-    check_output(path)
-    import matplotlib
 
-    with matplotlib.rc_context({"svg.hashsalt": "llmcli", "svg.fonttype": "none", "font.size": 10}):
-        figure = figure_class()(figsize=(8, 4.5), layout="constrained")
-        axes = figure.subplots()
+    def fill(axes: Any) -> None:
         for index, curve in enumerate(curves):
             name = Path(curve.run).resolve().name
             if curve.training:
@@ -77,6 +73,34 @@ def draw(curves: Sequence[Curve], path: str | Path, x: str = "steps", y: str = "
                 )
         axes.set_xlabel(x)
         axes.set_ylabel(Y_NAMES[y])
+
+    _drawn(fill, path)
+
+
+def draw_rates(
+    rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], at: float, path: Path
+) -> None:
+    """Writes the loss against the learning rate, with a line at the rate that is suggested."""
+
+    def fill(axes: Any) -> None:
+        axes.plot(rates, losses, color="C0", alpha=0.4, linewidth=0.8, label="loss")
+        axes.plot(rates, smoothed, color="C0", label="smoothed")
+        axes.axvline(at, color="C1", label=f"steepest at {at:.1e}")
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("loss (nats)")
+
+    _drawn(fill, path)
+
+
+def _drawn(fill: Callable[[Any], None], path: str | Path) -> None:
+    check_output(path)
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "llmcli", "svg.fonttype": "none", "font.size": 10}):
+        figure = figure_class()(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        fill(axes)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)

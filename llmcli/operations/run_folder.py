@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 from llmcli import config as configs
 from llmcli.data.tokenizer import TextTokenizer
 from llmcli.errors import DataError, LlmcliError, UsageError
-from llmcli.files.artefacts import CHECKPOINTS, METRICS, RESULT, RUN_CONFIG, checkpoints_of, read_json
+from llmcli.files.artefacts import CHECKPOINTS, METRICS, RESULT, RUN_CONFIG, SWEEP, TRIALS, checkpoints_of, read_json
 from llmcli.files.atomic import (
     TEMPORARY,
     locked,
@@ -31,6 +31,7 @@ from llmcli.files.atomic import (
 )
 from llmcli.files.checkpoints import OPTIMIZER, STATE, latest_checkpoint, save_checkpoint
 from llmcli.files.manifest import manifest_problems, read_manifest, write_manifest
+from llmcli.files.reference import REFERENCE
 from llmcli.files.tensors import load_tensors, load_weights, save_tensors
 from llmcli.models.decoder import Decoder
 from llmcli.models.folder import save_model
@@ -41,7 +42,11 @@ LENGTH = ("max_steps", "max_tokens", "epochs", "max_seconds")
 MAY_CHANGE = frozenset(
     (*LENGTH, *("eval_every", "eval_tokens", "patience", "save_every", "save_total_limit", "threads", "device"))
 )
-_CONTENTS = (RUN_CONFIG, METRICS, "loss.svg", CHECKPOINTS, RESULT, "tokenizer", "corpus")
+_CONTENTS = (
+    *(RUN_CONFIG, METRICS, "loss.svg", CHECKPOINTS, RESULT, REFERENCE, "tokenizer", "corpus"),
+    *(TRIALS, SWEEP, "sweep.svg"),
+)
+RATES_IMAGE = "find-lr.svg"  # what is made before a run, and is not in its way
 C = TypeVar("C")
 
 
@@ -107,10 +112,11 @@ def merged_settings(stored: C, given: C, names: Collection[str] | None = None) -
 
 
 def is_vacant(run: Path) -> bool:
-    """Whether a run can begin here without touching anybody's files: nothing but debris, if it is there at all."""
+    """Whether a run can begin here without touching anybody's files: nothing but debris and a picture of rates."""
     if not run.is_dir():
         return not (run.exists() or run.is_symlink())
-    return all(path.name == ".lock" or (path.name[0] == "." and TEMPORARY in path.name) for path in run.iterdir())
+    ours = (".lock", RATES_IMAGE)
+    return all(path.name in ours or (path.name[0] == "." and TEMPORARY in path.name) for path in run.iterdir())
 
 
 def refuse_taken(run: Path, *, resume: bool, overwrite: bool) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from llmcli.data.examples import Example
 from llmcli.data.tokenizer import TextTokenizer
 from llmcli.errors import UsageError
 from llmcli.models.decoder import Decoder
+from llmcli.operations.records import Progress
 from llmcli.training.loop import Validation
 from llmcli.training.packing import Packed
 
@@ -31,6 +33,11 @@ class Row:
     ids: Ids
     wanted: Any
     where: str
+
+    @property
+    def longest(self) -> int:
+        """Ids of its longest text: what must fit in the model's context."""
+        return len(self.ids)
 
 
 class Task(Protocol):
@@ -75,11 +82,25 @@ class Task(Protocol):
         """The loss of a target in the mean, and the task's own figures; in evaluation, without gradients."""
 
 
+@runtime_checkable
+class Referring(Protocol):
+    """A task that measures what is learnt against the model that the run begins from."""
+
+    rate_share: float  # of the learning rate that other tasks begin with, where none is given
+
+    def refer(self, model: Decoder, rows: Sequence[Row], run: Path, key: str) -> Iterator[Progress]:
+        """Has `model`, before any step, say what it makes of the rows; or reads it from the run's folder.
+
+        `key`: of the data and the model; what was kept under another is computed anew.
+        """
+
+
 def make_task(name: str, settings: Any = None) -> Task:
     """The task of that name. `settings`: the dataclass that it alone has."""
     from llmcli.operations.task_answer import AnswerTask
     from llmcli.operations.task_chat import ChatTask
     from llmcli.operations.task_classify import ClassifyTask
+    from llmcli.operations.task_prefer import PreferTask
     from llmcli.operations.task_summarize import SummarizeTask
 
     kinds: dict[str, Callable[..., Task]] = {
@@ -87,6 +108,7 @@ def make_task(name: str, settings: Any = None) -> Task:
         "classify": ClassifyTask,
         "answer": AnswerTask,
         "summarize": SummarizeTask,
+        "prefer": PreferTask,
     }
     if name not in kinds:
         raise UsageError(f"no task {name!r}; there are {', '.join(kinds)}", where="task")

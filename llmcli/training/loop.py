@@ -49,6 +49,7 @@ class TrainingEvent:
     progress: float = 0.0  # of the budget, 0 to 1
     best: bool = False  # of a validation: the best so far
     figures: Mapping[str, float] | None = None  # of a validation: what the task measures beside the loss
+    criterion: float | None = None  # of a validation: what it is judged by, the least is the best
     reason: str | None = None  # of the end: "steps", "seconds", "patience", "stopped"; in the metrics "not-finite" too
 
 
@@ -91,6 +92,7 @@ class LoopSettings:
     eval_every: int
     save_every: int
     patience: int  # validations without a better one; 0: never stops
+    rate: Callable[[int], float] | None = None  # of a step, in place of warm-up and decay: what the peaks are scaled by
 
 
 @dataclasses.dataclass
@@ -156,8 +158,11 @@ class Loop:
     def _step(self, coming: Iterator[Batch], device: torch.device, progress: float, began: float) -> TrainingEvent:
         settings, state = self.settings, self.state
         started = time.perf_counter()
-        rate = multiplier(
-            state.step, progress, warmup_steps=settings.warmup_steps, decay_fraction=settings.decay_fraction
+        warmup, decay = settings.warmup_steps, settings.decay_fraction
+        rate = (
+            multiplier(state.step, progress, warmup_steps=warmup, decay_fraction=decay)
+            if settings.rate is None
+            else settings.rate(state.step)
         )
         parts = [next(coming) for _ in range(settings.grad_accumulation)]
         targets = sum(self.count_targets(batch[1]) for batch in parts)
@@ -203,7 +208,7 @@ class Loop:
             state.best_loss, state.best_step, state.bad_validations = judged, state.step, 0
         else:
             state.bad_validations += 1
-        return self._event("validation", loss=loss, bits_per_byte=bits, best=better, figures=figures)
+        return self._event("validation", loss=loss, bits_per_byte=bits, best=better, figures=figures, criterion=judged)
 
     def ended(self, reason: str) -> TrainingEvent:
         """The last record: where the run stands and why it goes no further."""

@@ -6,7 +6,7 @@ tokens of the whole accumulated step (not by micro-batch, transformers #24725).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -69,6 +69,48 @@ def head_loss(
     """
     loss: Tensor = _HeadLoss.apply(hidden.flatten(0, -2), head, targets.flatten(), scale, piece)  # type: ignore
     return loss
+
+
+class _LogProbabilities(torch.autograd.Function):
+    """log p(target) of `hidden @ head^T`; what each counts for is known on the way back, when logits are made again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        weight = head.to(hidden.dtype)
+        found = torch.empty(hidden.size(0), device=hidden.device)
+        totals = torch.empty_like(found)
+        for rows in _pieces(hidden, head):
+            wide = (hidden[rows] @ weight.t()).float()
+            totals[rows] = wide.logsumexp(-1)
+            found[rows] = wide.gather(1, targets[rows, None]).squeeze(1) - totals[rows]
+        ctx.save_for_backward(hidden, head, targets, totals)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        hidden, head, targets, totals = ctx.saved_tensors
+        weight = head.to(hidden.dtype)
+        of_hidden = torch.empty_like(hidden)
+        of_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        for rows in _pieces(hidden, head):
+            part, counts = hidden[rows], gradients[0][rows, None]
+            shares = ((part @ weight.t()).float() - totals[rows, None]).exp() * -counts
+            of_logits = shares.scatter_add_(1, targets[rows, None], counts.float()).to(hidden.dtype)
+            of_hidden[rows] = of_logits @ weight
+            if of_head is not None:
+                of_head += of_logits.t() @ part
+        return of_hidden, of_head, None
+
+
+def _pieces(hidden: Tensor, head: Tensor) -> Iterator[slice]:
+    step = max(16, _CHUNK_BYTES // (4 * head.size(0)))
+    return (slice(start, start + step) for start in range(0, hidden.size(0), step))
+
+
+def log_probabilities(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """log p(target) in nats, float32. hidden (N, C); head (V, C); targets (N,). Returns (N,), with gradients."""
+    found: Tensor = _LogProbabilities.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
+    return found
 
 
 @torch.no_grad()
