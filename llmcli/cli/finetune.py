@@ -103,7 +103,7 @@ def prefer(prefer_tune_config: PreferTuneConfig, **values: Any) -> None:
 
     \b
     Example:
-      llmcli finetune prefer runs/chat pairs.jsonl -o runs/preferred
+      llmcli finetune prefer runs/chat preferences.jsonl -o runs/preferred
     """
     _run("prefer", prefer_tune_config, **values)
 
