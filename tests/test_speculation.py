@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 from conftest import Run
@@ -534,17 +535,17 @@ def test_a_draft_model_of_another_tokenizer_is_refused(small: Path, seven: tuple
         open_generator(seven[0], speculation=SpeculationConfig(draft_model=str(small)))
 
 
-def test_the_command_tells_what_was_guessed(small: Path, draft: Path, llmcli: Run) -> None:
+def test_the_command_tells_what_was_guessed(small: Path, draft: Path, tmp_path: Path) -> None:
     words = ("generate", "-m", small, "the names of the", "--seed", 1, "--max-new-tokens", 40, "--json", "--threads", 1)
-    plain = json.loads(llmcli(*words).stdout)
+    place = tmp_path / "place"
+    place.mkdir()
+    plain = json.loads(forked.run(*words, cwd=place).stdout)
     assert "drafted" not in plain
     for more in (("--lookup",), ("--draft-model", draft)):
-        done = llmcli(*words, *more)
-        assert done.returncode == 0, done.stderr
-        found = json.loads(done.stdout)
+        found = json.loads(forked.run(*words, *more, cwd=place).stdout)
         assert 0 <= found.pop("accepted") <= found.pop("drafted")
         assert found == plain
-    several = llmcli(*[word for word in words if word != "--json"], "--lookup", "-n", 2)
+    several = forked.run(*[word for word in words if word != "--json"], "--lookup", "-n", 2, cwd=place)
     assert "rows run one at a time" in several.stderr
     assert "\n---\n" in several.stdout
 

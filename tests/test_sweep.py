@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
-from conftest import Run
 from small_tuning import SETTINGS, make_base, reviews, sums, tiny
 
 from llmcli.config import ClassifyTuneConfig, FinetuneConfig, LabelledConfig, LoraConfig, SweepConfig
@@ -214,25 +214,23 @@ def test_a_rate_is_found_and_nothing_but_the_picture_is_written(
 # The command
 
 
-def test_the_command_prints_the_table_and_the_rate(llmcli: Run, tmp_path: Path, base: Path) -> None:
-    sums(tmp_path / "sums.jsonl")
+def test_the_command_prints_the_table_and_the_rate(tmp_path: Path, base: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    sums(place / "sums.jsonl")
     words = [w for name, value in {**SETTINGS, "max_steps": 2}.items() for w in (f"--{name.replace('_', '-')}", value)]
     line = ["finetune", "chat", str(base), "sums.jsonl", "-o", "run", *map(str, words)]
-    found = llmcli(*line, "--sweep", "batch_size=4,8", "--json", cwd=tmp_path)
-    assert found.returncode == 0, found.stderr
+    found = forked.run(*line, "--sweep", "batch_size=4,8", "--json", cwd=place)
     records = [json.loads(each) for each in found.stdout.splitlines()]
     assert records[-1]["event"] == "sweep"
     assert [each["state"] for each in records if each["event"] == "trial"] == ["done"] * 2
     assert all("trial" in each for each in records if each["event"] == "step")
-    again = llmcli(*line, "--resume", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    again = forked.run(*line, "--resume", cwd=place)
     rows = again.stdout.splitlines()
     assert rows[0].split() == ["trial", "validation", "at", "step", "steps"]
     assert rows[1].split()[0] == records[-1]["best"]
     assert rows[-1] == os.path.join("run", "model")
-    rate = llmcli(*line[:4], "-o", "rates", "--find-lr", "--find-lr-steps", "30", "--batch-size", "8", cwd=tmp_path)
-    assert rate.returncode == 0, rate.stderr
+    rate = forked.run(*line[:4], "-o", "rates", "--find-lr", "--find-lr-steps", "30", "--batch-size", "8", cwd=place)
     assert 1e-7 < float(rate.stdout) < 1
-    both = llmcli(*line[:4], "-o", "rates", "--find-lr", "--sweep", "lr=1,2", cwd=tmp_path)
-    assert both.returncode == 2
+    both = forked.run(*line[:4], "-o", "rates", "--find-lr", "--sweep", "lr=1,2", cwd=place, code=2)
     assert both.stderr.count("\n") == 1
