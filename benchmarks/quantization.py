@@ -139,7 +139,9 @@ def main() -> None:
     """Measures, prints a table and one JSON line; exit 1 below a bar."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", required=True)
-    parser.add_argument("--text", nargs="+", help="texts to measure on; none of it may have been trained on")
+    parser.add_argument(
+        "--text", nargs="+", default=[], help="texts to measure on; none of it may have been trained on"
+    )
     parser.add_argument("--calibration", help="text to calibrate on, of the kind of the training text")
     parser.add_argument("--llama-python", help="interpreter that has llama-cpp-python and gguf")
     parser.add_argument("--windows", type=int, default=24, help="of 512 tokens, of each text")
@@ -149,6 +151,8 @@ def main() -> None:
     if options.job:
         read_back(*map(Path, options.job))
         return
+    if not options.text:
+        parser.error("there is nothing to measure on: --text FILE...")
     from llmcli.config import ExportConfig
     from llmcli.files.artefacts import resolve_model
     from llmcli.operations.export import export

@@ -86,14 +86,14 @@ def export(
         plan = dataclasses.replace(plan, moments=_calibration(folder, shape, reference, config))
     if reference is not None and config.quantizer == "sequential":
         plan = dataclasses.replace(plan, quantizer=_sequential(folder, shape, reference, config))
-    source = _Source(folder, settings, shape, tokenizer, reference)
+    source, prepared = _Source(folder, settings, shape, tokenizer, reference), time.perf_counter() - began
     plans = [plan]
     if config.check and (config.precision, config.quantizer, config.target) == ("int8", "auto", "ort"):
         plans.append(dataclasses.replace(plan, in_blocks=_SENSITIVE))
     for number, chosen in enumerate(plans, 1):
         try:
             report = yield from _exported(
-                source, output, chosen, config, began, overwrite=overwrite, exact=number < len(plans)
+                source, output, chosen, config, prepared, overwrite=overwrite, exact=number < len(plans)
             )
         except CheckError:
             if number == len(plans):
@@ -119,16 +119,19 @@ def _exported(
     output: str | Path,
     plan: Plan,
     config: ExportConfig,
-    began: float,
+    prepared: float,
     *,
     overwrite: bool,
     exact: bool,
 ) -> Generator[Progress, None, ExportReport]:
-    """Writes and checks one way of holding the matrices. `exact`: one that costs more than a little is refused too."""
-    folder = source.folder
+    """Writes and checks one way of holding the matrices. `prepared`: seconds that it took to get here.
+
+    `exact`: a way that costs more than a little is refused too.
+    """
+    folder, began = source.folder, time.perf_counter()
     with staged_folder(output, overwrite=overwrite) as staged:
         figures = yield from _write(folder, source.shape, plan, staged, config.prefill == "int8")
-        size, seconds = size_of(staged), time.perf_counter() - began
+        size, seconds = size_of(staged), prepared + time.perf_counter() - began
         _write_files(folder, source.settings, source.shape, source.tokenizer, staged, config.target == "portable")
         checks: CheckReport | None = None
         for record in _checks(folder, staged, source.text, figures.weights, config):

@@ -33,7 +33,6 @@ from llmcli.training.loop import Loop, LoopSettings, TrainingEvent, TrainingStat
 from llmcli.training.machine import Machine, prepare_machine
 from llmcli.training.optimizer import Optimizer, is_matrix
 from llmcli.training.packing import ExampleOrder, Packed, batches, in_turn
-from llmcli.training.schedule import Budget
 
 _VALIDATED_TOKENS = 8192  # of a batch in validation
 
@@ -246,18 +245,7 @@ def loop_of(
     return Loop(
         model=model,
         optimizer=optimizer,
-        settings=LoopSettings(
-            budget=Budget(steps, config.max_seconds),
-            matrix_rate=config.learning_rate or 0.0,
-            rest_rate=config.embedding_learning_rate or 0.0,
-            warmup_steps=config.warmup_steps or 0,
-            decay_fraction=config.decay_fraction,
-            grad_accumulation=config.grad_accumulation,
-            max_grad_norm=config.max_grad_norm,
-            eval_every=config.eval_every or 1,
-            save_every=config.save_every or 1,
-            patience=config.patience,
-        ),
+        settings=LoopSettings.of(config, steps),
         state=state,
         batches=lambda number: batches(data.train, order, task.batch, number, device),
         loss=loss,

@@ -36,7 +36,6 @@ from llmcli.training.loop import Loop, LoopSettings, TrainingEvent, TrainingStat
 from llmcli.training.losses import head_loss, piece_loss, summed_loss
 from llmcli.training.machine import prepare_machine
 from llmcli.training.optimizer import Optimizer
-from llmcli.training.schedule import Budget
 
 _BYTES_PER_TOKEN = 3.5  # a guess, for a plan of text that has no tokenizer yet
 
@@ -242,18 +241,7 @@ def _loop(
     return Loop(
         model=model,
         optimizer=optimizer,
-        settings=LoopSettings(
-            budget=Budget(settled.plan.steps, config.max_seconds),
-            matrix_rate=config.learning_rate or 0.0,
-            rest_rate=config.embedding_learning_rate or 0.0,
-            warmup_steps=config.warmup_steps or 0,
-            decay_fraction=config.decay_fraction,
-            grad_accumulation=config.grad_accumulation,
-            max_grad_norm=config.max_grad_norm,
-            eval_every=config.eval_every or 1,
-            save_every=config.save_every or 1,
-            patience=config.patience,
-        ),
+        settings=LoopSettings.of(config, settled.plan.steps),
         state=state,
         batches=lambda number: prefetched(windows, number, device),
         loss=loss,

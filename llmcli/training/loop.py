@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llmcli.config import PretrainConfig
+from llmcli.config_finetune import FinetuneConfig
 from llmcli.errors import LlmcliError
 from llmcli.training.optimizer import Optimizer
 from llmcli.training.schedule import Budget, multiplier
@@ -93,6 +95,22 @@ class LoopSettings:
     save_every: int
     patience: int  # validations without a better one; 0: never stops
     rate: Callable[[int], float] | None = None  # of a step, in place of warm-up and decay: what the peaks are scaled by
+
+    @classmethod
+    def of(cls, config: PretrainConfig | FinetuneConfig, steps: int | None) -> LoopSettings:
+        """As a run's settings say, once what they leave open is settled."""
+        return cls(
+            budget=Budget(steps, config.max_seconds),
+            matrix_rate=config.learning_rate or 0.0,
+            rest_rate=config.embedding_learning_rate or 0.0,
+            warmup_steps=config.warmup_steps or 0,
+            decay_fraction=config.decay_fraction,
+            grad_accumulation=config.grad_accumulation,
+            max_grad_norm=config.max_grad_norm,
+            eval_every=config.eval_every or 1,
+            save_every=config.save_every or 1,
+            patience=config.patience,
+        )
 
 
 @dataclasses.dataclass
