@@ -214,6 +214,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
+def attend_both(parts: Tensor, heads: int, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """Attention to every token. parts (B, T, 3 C): query, key and value side by side -> (B, T, C).
+
+    `mask` (B, T): True where there is a token to attend to. `dropout`: the rate at which probabilities are dropped.
+    """
+    rows, count, width = parts.shape
+    query, key, value = parts.view(rows, count, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+    seen = None if mask is None else mask[:, None, None, :]
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, dropout_p=dropout)
+    return found.transpose(1, 2).flatten(2)
+
+
 def _explicit(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention as plain products; grouped heads are joined along the queries: (B, K, G x T, D)."""
     rows, heads, count, size = query.shape

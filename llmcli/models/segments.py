@@ -2,7 +2,7 @@
 
 Invariant: what a text's positions give is what the text would give alone. Embedding, products and norms go over one
 row that holds every text and nothing else; attention alone looks at the texts one by one, those of a similar length
-together, filled up on the right, where causal attention never looks.
+together, filled up on the right, where causal attention never looks and attention both ways is kept from looking.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmcli.models.cache import causal_window
-from llmcli.models.ops import attend
+from llmcli.models.ops import attend, attend_both
 
 _ROOM = 1.3  # the longest of a group may be so many times the shortest: what is filled up stays below a third
 
@@ -29,32 +29,41 @@ class Segments:
     groups: tuple[tuple[int, int], ...]  # (R, T) of each
     index: Tensor  # (sum of R x T,): where in the row each place of the groups comes from
     places: Tensor  # (N,): the place in the groups of each place in the row
+    real: Tensor  # (sum of R x T,): whether a place of the groups is a token, and not filled up
+    even: tuple[bool, ...]  # of each group: whether all its texts are equally long, so that nothing is filled up
+    in_order: bool  # whether the groups are the row as it stands
     window: int | None = None  # tokens that a token attends to; see DecoderConfig.sliding_window
 
     def to(self, device: torch.device) -> Segments:
         """The same on a device."""
-        moved = {name: getattr(self, name).to(device) for name in ("positions", "index", "places")}
+        moved = {name: getattr(self, name).to(device) for name in ("positions", "index", "places", "real")}
         return dataclasses.replace(self, **moved)
 
 
-def segments_of(lengths: Sequence[int]) -> Segments:
-    """The segments of texts of these lengths, in this order in the row."""
+def segments_of(lengths: Sequence[int], *, equal: bool = False) -> Segments:
+    """The segments of texts of these lengths, in this order in the row.
+
+    `equal`: only texts of one length make a group, which fills nothing up; for texts that are sorted by length.
+    """
     sizes = np.asarray(lengths, np.int64)
     starts = np.cumsum(sizes) - sizes
     total = int(sizes.sum())
     order = np.argsort(sizes, kind="stable")
-    groups, index, places = [], [], np.empty(total, np.int64)
+    groups, index, reals, even, places = [], [], [], [], np.empty(total, np.int64)
     begin = filled = 0
     while begin < len(order):
         end = begin + 1
-        while end < len(order) and sizes[order[end]] <= max(_ROOM * sizes[order[begin]], 32):
+        most = sizes[order[begin]] if equal else max(_ROOM * sizes[order[begin]], 32)
+        while end < len(order) and sizes[order[end]] <= most:
             end += 1
         members = order[begin:end]
         longest = int(sizes[members[-1]])
         within = np.minimum(np.arange(longest)[None], sizes[members][:, None] - 1)  # (R, T)
         index.append((starts[members][:, None] + within).ravel())
-        real = np.arange(longest)[None] < sizes[members][:, None]
-        places[index[-1][real.ravel()]] = filled + np.flatnonzero(real.ravel())
+        real = (np.arange(longest)[None] < sizes[members][:, None]).ravel()
+        places[index[-1][real]] = filled + np.flatnonzero(real)
+        reals.append(real)
+        even.append(bool(real.all()))
         groups.append((len(members), longest))
         filled += len(members) * longest
         begin = end
@@ -64,6 +73,9 @@ def segments_of(lengths: Sequence[int]) -> Segments:
         tuple(groups),
         torch.from_numpy(np.concatenate(index)),
         torch.from_numpy(places),
+        torch.from_numpy(np.concatenate(reals)),
+        tuple(even),
+        all(even) and bool((order == np.arange(len(order))).all()),
     )
 
 
@@ -117,3 +129,21 @@ def attend_apart(query: Tensor, key: Tensor, value: Tensor, segments: Segments) 
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     result = _Gathered.apply(joined, segments.places)  # type: ignore[no-untyped-call]
     return result.view(1, -1, heads, size).transpose(1, 2)
+
+
+def attend_both_apart(parts: Tensor, heads: int, segments: Segments, dropout: float = 0.0) -> Tensor:
+    """Attention both ways within each text. parts (1, N, 3 C): query, key and value side by side -> (1, N, C)."""
+    spread = parts[0]
+    if not segments.in_order:
+        spread = _Spread.apply(spread, segments.index, segments.places)  # type: ignore[no-untyped-call]
+    outputs, begin = [], 0
+    for (rows, longest), even in zip(segments.groups, segments.even, strict=True):
+        end = begin + rows * longest
+        mask = None if even else segments.real[begin:end].view(rows, longest)
+        group = spread[begin:end].view(rows, longest, -1)
+        outputs.append(attend_both(group, heads, mask, dropout).reshape(end - begin, -1))
+        begin = end
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if not segments.in_order:
+        joined = _Gathered.apply(joined, segments.places)  # type: ignore[no-untyped-call]
+    return joined[None]

@@ -1,0 +1,366 @@
+"""Encoders: one post-norm transformer that looks both ways, for BERT, RoBERTa and DistilBERT, and their heads.
+
+Invariant: parameter names are the family's own in Hugging Face transformers, below the family's prefix, so a checkpoint
+needs no map; hidden states and logits agree with transformers' within 1e-4 in float32, however the texts are laid out.
+Letters: B rows, T tokens, N tokens of all texts side by side, C hidden size, V vocabulary, R texts.
+
+Sources: BERT (arXiv:1810.04805), RoBERTa (arXiv:1907.11692), DistilBERT (arXiv:1910.01108), GELU (arXiv:1606.08415).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmcli.errors import DataError
+from llmcli.models.encoder_config import EncoderConfig
+from llmcli.models.ops import Embedding, LayerNorm, Linear, attend_both, joined
+from llmcli.models.segments import Segments, attend_both_apart
+
+Attend = Callable[[Tensor], Tensor]  # query, key and value of every token, side by side (B, T, 3 C) -> (B, T, C)
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+class Parts(NamedTuple):
+    """The maps and norms of a block, whatever the family calls them."""
+
+    query: Linear
+    key: Linear
+    value: Linear
+    out: Linear
+    norm: LayerNorm
+    up: Linear
+    down: Linear
+    last_norm: LayerNorm
+
+
+class Layer(nn.Module):
+    """One post-norm block. Its parts hang below it by the family's names, and are used by their own."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        size, inner = config.hidden_size, config.intermediate_size
+        # A tuple, so that torch does not count these as children of their own.
+        self.parts = Parts(
+            query=Linear(size, size),
+            key=Linear(size, size),
+            value=Linear(size, size),
+            out=Linear(size, size),
+            norm=LayerNorm(size, eps=config.norm_eps),
+            up=Linear(size, inner),
+            down=Linear(inner, size),
+            last_norm=LayerNorm(size, eps=config.norm_eps),
+        )
+        for name, child in (_distil_names if config.model_type == "distilbert" else _bert_names)(self.parts):
+            self.add_module(name, child)
+        self.activation = _ACTIVATIONS[config.activation]
+        self.dropout = config.hidden_dropout
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:  # (B, T, C) -> (B, T, C)
+        parts = self.parts
+        attended = parts.out(attend(joined(x, parts.query, parts.key, parts.value)))
+        x = parts.norm(x + F.dropout(attended, self.dropout, self.training))
+        changed = parts.down(self.activation(parts.up(x)))
+        return parts.last_norm(x + F.dropout(changed, self.dropout, self.training))
+
+
+def _bert_names(parts: Parts) -> Iterator[tuple[str, nn.Module]]:
+    looking = nn.ModuleDict({"query": parts.query, "key": parts.key, "value": parts.value})
+    given = nn.ModuleDict({"dense": parts.out, "LayerNorm": parts.norm})
+    yield "attention", nn.ModuleDict({"self": looking, "output": given})
+    yield "intermediate", nn.ModuleDict({"dense": parts.up})
+    yield "output", nn.ModuleDict({"dense": parts.down, "LayerNorm": parts.last_norm})
+
+
+def _distil_names(parts: Parts) -> Iterator[tuple[str, nn.Module]]:
+    maps = {"q_lin": parts.query, "k_lin": parts.key, "v_lin": parts.value, "out_lin": parts.out}
+    yield "attention", nn.ModuleDict(maps)
+    yield "sa_layer_norm", parts.norm
+    yield "ffn", nn.ModuleDict({"lin1": parts.up, "lin2": parts.down})
+    yield "output_layer_norm", parts.last_norm
+
+
+class Embeddings(nn.Module):
+    """The sum of a token's, its position's and its text's embedding, normalised."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.word_embeddings = Embedding(config.vocab_size, size)
+        self.position_embeddings = Embedding(config.max_position_embeddings, size)
+        if config.type_vocab_size:
+            self.token_type_embeddings = Embedding(config.type_vocab_size, size)
+        self.LayerNorm = LayerNorm(size, eps=config.norm_eps)
+        self.types, self.dropout = config.type_vocab_size, config.hidden_dropout
+
+    def forward(self, ids: Tensor, positions: Tensor, types: Tensor | None, dtype: torch.dtype) -> Tensor:
+        x = self.word_embeddings(ids) + self.position_embeddings(positions)
+        if self.types > 1 and types is not None:
+            x = x + self.token_type_embeddings(types)
+        elif self.types:
+            x = x + self.token_type_embeddings.weight[0]
+        return F.dropout(self.LayerNorm(x.to(dtype)), self.dropout, self.training)
+
+
+class EncoderBody(nn.Module):
+    """Embeddings, blocks and, where there is one, the pooler."""
+
+    def __init__(self, config: EncoderConfig, pooler: bool) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.add_module("transformer" if config.model_type == "distilbert" else "encoder", _under("layer", layers))
+        self._layers = (layers,)  # in a tuple: it is a child already
+        self.pooler: nn.ModuleDict | None = _under("dense", _square(config)) if pooler else None
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The blocks, first to last."""
+        return self._layers[0]
+
+
+def _under(name: str, module: nn.Module) -> nn.ModuleDict:
+    return nn.ModuleDict({name: module})
+
+
+def _square(config: EncoderConfig) -> Linear:
+    return Linear(config.hidden_size, config.hidden_size)
+
+
+class Encoder(nn.Module):
+    """Hidden states of any supported family. `pooler`: whether there is BERT's map of the first token's state."""
+
+    kind = "base"
+
+    def __init__(self, config: EncoderConfig, *, pooler: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None  # of the activations; None: the weights' own
+        body = EncoderBody(config, pooler)
+        self.add_module(config.model_type, body)
+        self._body = (body,)
+
+    @property
+    def body(self) -> EncoderBody:
+        """Everything below the head."""
+        return self._body[0]
+
+    @property
+    def embedding(self) -> Tensor:
+        """The token embedding: (V, C)."""
+        return self.body.embeddings.word_embeddings.weight
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The blocks, first to last."""
+        return self.body.layers
+
+    def hidden(
+        self,
+        ids: Tensor,
+        *,
+        mask: Tensor | None = None,
+        segments: Segments | None = None,
+        types: Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden states: (B, T) -> (B, T, C).
+
+        `mask` (B, T): True where there is a token; rows are filled up on the right, and what is given there means
+        nothing. `segments`: one row (1, N) of many texts, each of which attends to itself alone. `types` (B, T): 0
+        in a first text, 1 in a second; families with one type or none take no notice. Raises DataError for a text that
+        is longer than the model has positions.
+        """
+        x = self._embedded(ids, segments, types)
+        attend = self._attention(mask, segments)
+        for layer in self.layers:
+            x = layer(x, attend)
+        return x
+
+    def states(
+        self,
+        ids: Tensor,
+        *,
+        mask: Tensor | None = None,
+        segments: Segments | None = None,
+        types: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The embeddings and what each block makes of them, last hidden states last: L + 1 of (B, T, C)."""
+        found = [self._embedded(ids, segments, types)]
+        attend = self._attention(mask, segments)
+        for layer in self.layers:
+            found.append(layer(found[-1], attend))
+        return found
+
+    def _embedded(self, ids: Tensor, segments: Segments | None, types: Tensor | None) -> Tensor:
+        length = ids.size(1) if segments is None else max((longest for _, longest in segments.groups), default=0)
+        if length > self.config.longest:
+            raise DataError(f"a text has {length} tokens, the model has positions for {self.config.longest}")
+        first = self.config.first_position
+        if segments is None:
+            positions = torch.arange(first, first + length, device=ids.device)[None]
+        else:
+            positions = segments.positions + first if first else segments.positions
+        embedded: Tensor = self.body.embeddings(ids, positions, types, self.compute_dtype or self.embedding.dtype)
+        return embedded
+
+    def _attention(self, mask: Tensor | None, segments: Segments | None) -> Attend:
+        heads = self.config.num_attention_heads
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if segments is not None:
+            return partial(attend_both_apart, heads=heads, segments=segments, dropout=dropout)
+        return partial(attend_both, heads=heads, mask=mask, dropout=dropout)
+
+    def pooled(self, first: Tensor) -> Tensor:
+        """BERT's pooled output of texts, from the last hidden states of their first tokens: (R, C) -> (R, C)."""
+        if self.body.pooler is None:
+            raise DataError("the model has no pooler")
+        return torch.tanh(self.body.pooler["dense"](first))
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> Self:
+        """Draws fresh weights: matrices and embeddings normal, std 0.02; norms 1, biases 0."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+        return self
+
+
+class MaskedLM(Encoder):
+    """An encoder with its family's masked-language-model head, whose last matrix is the token embedding."""
+
+    kind = "masked"
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        dense, norm = _square(config), LayerNorm(config.hidden_size, eps=config.norm_eps)
+        bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self._head = (dense, norm)
+        if config.model_type == "bert":
+            transform = nn.ModuleDict({"dense": dense, "LayerNorm": norm})
+            self.cls = _under("predictions", _Biased(bias, transform=transform))
+        elif config.model_type == "roberta":
+            self.lm_head = _Biased(bias, dense=dense, layer_norm=norm)
+        else:
+            self.vocab_transform, self.vocab_layer_norm, self.vocab_projector = dense, norm, _Biased(bias)
+        # RoBERTa's head has the exact GELU whatever the blocks have.
+        self.activation = _ACTIVATIONS["gelu" if config.model_type == "roberta" else config.activation]
+
+    @property
+    def bias(self) -> Tensor:
+        """What is added to the logits: (V,)."""
+        by_family: dict[str, Any] = {"bert": "cls.predictions", "roberta": "lm_head", "distilbert": "vocab_projector"}
+        found: Tensor = self.get_submodule(by_family[self.config.model_type]).bias  # type: ignore[assignment]
+        return found
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits of every token of the vocabulary at hidden states: (..., C) -> (..., V)."""
+        dense, norm = self._head
+        made = norm(self.activation(dense(states)))
+        return F.linear(made, self.embedding.to(made.dtype), self.bias.to(made.dtype))
+
+
+class _Biased(nn.Module):
+    """Modules and a bias, by name."""
+
+    def __init__(self, bias: nn.Parameter, **children: nn.Module) -> None:
+        super().__init__()
+        self.bias = bias
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+class EncoderClassifier(Encoder):
+    """Scores of labels from the first token's last hidden state: transformers' `...ForSequenceClassification`."""
+
+    kind = "classifier"
+
+    def __init__(self, config: EncoderConfig, labels: int) -> None:
+        super().__init__(config, pooler=config.model_type == "bert")
+        self.labels = labels
+        last = Linear(config.hidden_size, labels)
+        if config.model_type == "roberta":
+            self.classifier: nn.Module = nn.ModuleDict({"dense": _square(config), "out_proj": last})
+        else:
+            self.classifier = last
+        if config.model_type == "distilbert":
+            self.pre_classifier = _square(config)
+        rate = config.classifier_dropout
+        self.dropout = config.hidden_dropout if rate is None else rate
+
+    def scores(
+        self, ids: Tensor, segments: Segments, first: Tensor, types: Tensor | None = None
+    ) -> Tensor:  # (1, N) -> (R, labels)
+        """Texts side by side (1, N) and the places of their first tokens (R,) -> (R, labels)."""
+        return self.judged(self.hidden(ids, segments=segments, types=types)[0].index_select(0, first))
+
+    def judged(self, first: Tensor) -> Tensor:
+        """Scores from the last hidden states of the texts' first tokens: (R, C) -> (R, labels)."""
+        drop = partial(F.dropout, p=self.dropout, training=self.training)
+        if isinstance(self.classifier, nn.ModuleDict):
+            return self.classifier["out_proj"](drop(torch.tanh(self.classifier["dense"](drop(first)))))
+        distil = self.config.model_type == "distilbert"
+        pooled = F.relu(self.pre_classifier(first)) if distil else self.pooled(first)
+        return self.classifier(drop(pooled))
+
+
+class SpanReader(Encoder):
+    """Where an answer begins and ends: transformers' `...ForQuestionAnswering`."""
+
+    kind = "span"
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        self.qa_outputs = Linear(config.hidden_size, 2)
+
+    def spans(self, states: Tensor) -> Tensor:
+        """Logits of a span's first and last token at hidden states: (..., C) -> (..., 2)."""
+        return self.qa_outputs(states)
+
+
+def build_encoder(config: EncoderConfig, kind: str, *, labels: int = 0, pooler: bool = False) -> Encoder:
+    """The module of a kind (see encoder_config.KINDS); `labels` of a classifier, `pooler` of a base."""
+    if kind == "classifier":
+        return EncoderClassifier(config, labels)
+    if kind == "base":
+        return Encoder(config, pooler=pooler)
+    return {"masked": MaskedLM, "span": SpanReader}[kind](config)
+
+
+def with_head(base: Encoder, kind: str, generator: torch.Generator, *, labels: int = 0) -> Encoder:
+    """The encoder's weights under a head of a kind: its own where it has that head, else a fresh one, normal 0.02.
+
+    The pooler of a BERT's classifier is the base's where it has one.
+    """
+    with torch.device("meta"):
+        model = build_encoder(base.config, kind, labels=labels, pooler=base.body.pooler is not None)
+    known = base.state_dict()
+    weights = {}
+    for name, wanted in model.state_dict().items():
+        if name in known and known[name].shape == wanted.shape:
+            weights[name] = known[name]
+        elif name.endswith("bias"):
+            weights[name] = torch.zeros(wanted.shape).to(base.embedding)
+        elif wanted.ndim == 1:
+            weights[name] = torch.ones(wanted.shape).to(base.embedding)
+        else:
+            weights[name] = torch.empty(wanted.shape).normal_(0.0, 0.02, generator=generator).to(base.embedding)
+    model.load_state_dict(weights, assign=True)
+    model.compute_dtype = base.compute_dtype
+    return model
