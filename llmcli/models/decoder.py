@@ -89,16 +89,20 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, mask: Mask) -> Tensor:
         if isinstance(cache, Step) and cache.kernels is not None and self.qkv_proj is not None:
             return self.o_proj(self._stepped(self.qkv_proj(x), cos, sin, cache))
-        heads = (*x.shape[:2], -1, self.head_dim)  # (B, T, H, D)
-        parts = self._projected(x)
-        query, key, value = parts[0].reshape(heads), parts[1].reshape(heads), parts[2].reshape(heads)
-        if self.qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+        query, key, value = self.heads(x, cos, sin)
         if cache is not None:
             key, value = cache.put(self.layer, key, value)
         return self.o_proj(_attended(query, key, value, mask))
+
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (B, H, T, D), key and value (B, K, T, D), turned by their positions."""
+        shape = (*x.shape[:2], -1, self.head_dim)  # (B, T, H, D)
+        parts = self._projected(x)
+        query, key, value = parts[0].reshape(shape), parts[1].reshape(shape), parts[2].reshape(shape)
+        if self.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return apply_rope(query, cos, sin), apply_rope(key, cos, sin), value
 
     def _stepped(self, qkv: Tensor, cos: Tensor, sin: Tensor, step: Step) -> Tensor:
         """Norm, rotation, writing to the cache and attention of a token a row, as one kernel: -> (B, 1, H D)."""
@@ -187,11 +191,16 @@ class GPT2Attention(nn.Module):
         self.c_proj = Conv1D(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, cache: Cache | None, mask: Mask) -> Tensor:
-        parts = self.c_attn(x).view(*x.shape[:2], 3, -1, self.head_dim)  # (B, T, 3, H, D)
-        query, key, value = (part.transpose(1, 2) for part in parts.unbind(2))
+        query, key, value = self.heads(x)
         if cache is not None:
             key, value = cache.put(self.layer, key, value)
         return self.c_proj(_attended(query, key, value, mask))
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value: (B, H, T, D)."""
+        parts = self.c_attn(x).view(*x.shape[:2], 3, -1, self.head_dim)  # (B, T, 3, H, D)
+        query, key, value = (part.transpose(1, 2) for part in parts.unbind(2))
+        return query, key, value
 
 
 class GPT2MLP(nn.Module):

@@ -9,6 +9,7 @@ Sources: BERT (arXiv:1810.04805), RoBERTa (arXiv:1907.11692), DistilBERT (arXiv:
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -183,11 +184,8 @@ class Encoder(nn.Module):
         in a first text, 1 in a second; families with one type or none take no notice. Raises DataError for a text that
         is longer than the model has positions.
         """
-        x = self._embedded(ids, segments, types)
-        attend = self._attention(mask, segments)
-        for layer in self.layers:
-            x = layer(x, attend)
-        return x
+        steps = self.steps(ids, self._attention(mask, segments), segments=segments, types=types)
+        return deque(steps, maxlen=1).pop()
 
     def states(
         self,
@@ -198,11 +196,17 @@ class Encoder(nn.Module):
         types: Tensor | None = None,
     ) -> list[Tensor]:
         """The embeddings and what each block makes of them, last hidden states last: L + 1 of (B, T, C)."""
-        found = [self._embedded(ids, segments, types)]
-        attend = self._attention(mask, segments)
+        return list(self.steps(ids, self._attention(mask, segments), segments=segments, types=types))
+
+    def steps(
+        self, ids: Tensor, attend: Attend, *, segments: Segments | None = None, types: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """What `states` lists, one after the other, with attention as `attend` computes it."""
+        x = self._embedded(ids, segments, types)
+        yield x
         for layer in self.layers:
-            found.append(layer(found[-1], attend))
-        return found
+            x = layer(x, attend)
+            yield x
 
     def _embedded(self, ids: Tensor, segments: Segments | None, types: Tensor | None) -> Tensor:
         length = ids.size(1) if segments is None else max((longest for _, longest in segments.groups), default=0)

@@ -219,11 +219,17 @@ def attend_both(parts: Tensor, heads: int, mask: Tensor | None, dropout: float =
 
     `mask` (B, T): True where there is a token to attend to. `dropout`: the rate at which probabilities are dropped.
     """
-    rows, count, width = parts.shape
-    query, key, value = parts.view(rows, count, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+    query, key, value = split_heads(parts, heads)
     seen = None if mask is None else mask[:, None, None, :]
     found = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, dropout_p=dropout)
     return found.transpose(1, 2).flatten(2)
+
+
+def split_heads(parts: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value (B, H, T, D) of what lies side by side, (B, T, 3 C)."""
+    rows, count, width = parts.shape
+    query, key, value = parts.view(rows, count, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
+    return query, key, value
 
 
 def _explicit(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
