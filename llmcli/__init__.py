@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llmcli.config import ConstraintConfig as ConstraintConfig
     from llmcli.config import ConvertConfig as ConvertConfig
     from llmcli.config import CorpusConfig as CorpusConfig
+    from llmcli.config import EmbedConfig as EmbedConfig
     from llmcli.config import EvaluateConfig as EvaluateConfig
     from llmcli.config import ExportConfig as ExportConfig
     from llmcli.config import FinetuneConfig as FinetuneConfig
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from llmcli.operations.classify import classify as classify
     from llmcli.operations.complete import complete as complete
     from llmcli.operations.convert import convert as convert
+    from llmcli.operations.embed import embed as embed
+    from llmcli.operations.embed_file import embed_file as embed_file
     from llmcli.operations.evaluate import evaluate as evaluate
     from llmcli.operations.export import export as export
     from llmcli.operations.find_rate import find_rate as find_rate
@@ -70,6 +73,7 @@ _HOMES = {
         *("BenchConfig", "ChatConfig", "CompleteConfig", "ConstraintConfig", "ConvertConfig", "CorpusConfig"),
         *("EvaluateConfig", "ExportConfig", "GenerateConfig", "LabelledConfig", "PretrainConfig", "SamplingConfig"),
         *("ClassifyConfig", "ClassifyTuneConfig", "FinetuneConfig", "LoraConfig", "SpeculationConfig", "TextConfig"),
+        *("EmbedConfig",),
         *("AnswerConfig", "PreferTuneConfig", "SummarizeConfig", "SweepConfig", "TokenizerConfig"),
     ),
     "errors": ("LlmcliError",),
@@ -85,6 +89,8 @@ _HOMES = {
     "operations.classify": ("classify",),
     "operations.complete": ("complete",),
     "operations.convert": ("convert",),
+    "operations.embed": ("embed",),
+    "operations.embed_file": ("embed_file",),
     "operations.evaluate": ("evaluate",),
     "operations.export": ("export",),
     "operations.find_rate": ("find_rate",),

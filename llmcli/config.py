@@ -6,6 +6,7 @@ import dataclasses
 
 from llmcli.config_bench import BenchConfig as BenchConfig
 from llmcli.config_convert import ConvertConfig as ConvertConfig
+from llmcli.config_embed import EmbedConfig as EmbedConfig
 from llmcli.config_evaluate import EvaluateConfig as EvaluateConfig
 from llmcli.config_export import ExportConfig as ExportConfig
 from llmcli.config_finetune import ClassifyConfig as ClassifyConfig

@@ -101,6 +101,7 @@ finetune chat runs/first sums.jsonl -o runs/chat --max-steps 2 --threads 1
 finetune classify runs/first labels.tsv -o runs/adapter --lora --max-steps 2 --threads 1
 finetune prefer runs/chat preferences.jsonl -o runs/preferred --max-steps 2 --threads 1
 classify -m runs/first --adapter runs/adapter "A boat." --threads 1
+embed -m runs/first "Deep learning is fun." --pooling mean --threads 1
 finetune answer runs/first squad.json -o runs/answers --max-steps 2 --threads 1
 answer -m runs/answers --context boat.txt Where? --max-tokens 3 --threads 1
 finetune summarize runs/first pairs.jsonl -o runs/summaries --max-steps 2 --threads 1

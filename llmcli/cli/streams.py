@@ -63,6 +63,11 @@ def write_json(record: Any) -> None:
     write_out(json.dumps(as_json(record), ensure_ascii=not _is_utf8(sys.stdout)) + "\n")
 
 
+def writes_ascii() -> bool:
+    """Whether stdout takes ASCII alone, as far as is known."""
+    return not _is_utf8(sys.stdout)
+
+
 def _is_utf8(stream: Any) -> bool:
     return (getattr(stream, "encoding", None) or "").lower().replace("-", "") == "utf8"
 

@@ -147,6 +147,21 @@ class TextTokenizer:
         """The ids of many texts, on all cores."""
         return [found.ids for found in self._encode(texts, special)]
 
+    @functools.cached_property
+    def around(self) -> tuple[list[int], list[int]]:
+        """What `special` puts before and behind a text. Raises DataError where that depends on the text."""
+        texts = ["a", "b a"]
+        found: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+        for bare, whole in zip(self.encode_batch(texts), self.encode_batch(texts, special=True), strict=True):
+            begins = range(len(whole) - len(bare) + 1)
+            begin = next((place for place in begins if whole[place : place + len(bare)] == bare), None)
+            if begin is not None:
+                found.add((tuple(whole[:begin]), tuple(whole[begin + len(bare) :])))
+        if len(found) != 1:
+            raise DataError("its post-processor does more than to put tokens around a text", where=self.files.where)
+        before, behind = found.pop()
+        return list(before), list(behind)
+
     def encode_words(self, text: str) -> list[list[int]]:
         """The ids of a text, those of a piece together: what the pre-tokenizer cuts, across which no token reaches."""
         found = self._encode([text], False, offsets=True)[0]

@@ -15,7 +15,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from llmcli.errors import DataError, LlmcliError, UsageError, from_os_error
 
@@ -94,6 +94,39 @@ def write_file(path: str | os.PathLike[str], data: bytes | str) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+        _rename(temporary, target)
+        temporary = None
+        created.clear()
+        sync(target.parent)
+    except OSError as error:
+        raise from_os_error(error, target) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        _remove_empty(created)
+
+
+@contextlib.contextmanager
+def staged_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[BinaryIO]:
+    """Yields a temporary sibling of `path`, open to write and to go back in; on success it becomes `path`.
+
+    On any failure it is removed. What stands at `path` is replaced in one step.
+    """
+    target = Path(path)
+    refuse_existing(target, overwrite=overwrite)
+    temporary: Path | None = None
+    created: list[Path] = []
+    try:
+        _create_folders(target.parent, created)
+        remove_debris(target.parent, target.name)
+        _reach("create", target)
+        temporary = _sibling(target)
+        with open(temporary, "xb", buffering=1 << 20) as file:
+            yield file
+            file.flush()
+            _reach("fsync", target)
+            os.fsync(file.fileno())
         _rename(temporary, target)
         temporary = None
         created.clear()

@@ -288,6 +288,20 @@ class Decoder(nn.Module):
             cache.commit(ids.size(1))
         return states
 
+    def states(self, ids: Tensor, segments: Segments | None = None) -> list[Tensor]:
+        """The embedding's output and each block's, the last one's after the last norm, as transformers gives them.
+
+        (B, T) -> one more than there are blocks, each (B, T, C).
+        """
+        found: list[Tensor] = []
+        hooks = [layer.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0])) for layer in self.layers]
+        try:
+            last = self.hidden(ids, segments=segments)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [*found, last]
+
     def forward(self, ids: Tensor, cache: KeyValueCache | None = None, keep: int | None = None) -> Tensor:
         """Logits of the last `keep` positions, all when None: (B, T) -> (B, keep, V)."""
         states = self.hidden(ids, cache)

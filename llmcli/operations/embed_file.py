@@ -1,0 +1,205 @@
+"""Texts to a file of vectors: JSON Lines, `.npy` or safetensors, written as they are made, in the order of the texts.
+
+Invariant: the file appears whole or not at all, in bounded memory, and says how its vectors were made: in its metadata,
+or in a JSON file beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+from llmcli.config_embed import EmbedConfig
+from llmcli.data.text_rows import TextRow
+from llmcli.errors import UsageError
+from llmcli.files.arrays import NpyRows, SafetensorsRows
+from llmcli.files.artefacts import Model
+from llmcli.files.atomic import refuse_existing, staged_file
+from llmcli.operations.embed import Embedded, Embedder
+from llmcli.operations.records import Progress
+
+SUFFIXES = (".jsonl", ".npy", ".safetensors")
+_EVERY = 256  # texts between two records of progress
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EmbedReport:
+    """What was written."""
+
+    output: str
+    texts: int
+    rows: int  # vectors, or sets of them where there are several layers
+    left_out: int  # tokens that were not read
+    facts: dict[str, Any]
+
+
+def embed_file(
+    model: Model,
+    texts: Iterable[str | TextRow],
+    output: str | Path,
+    config: EmbedConfig = EmbedConfig(),  # noqa: B008  (frozen)
+    *,
+    overwrite: bool = False,
+) -> Iterator[Progress | EmbedReport]:
+    """Writes the vectors of texts; the report comes last. Raises what `embed` raises, and then there is no file."""
+    refuse_output(output, overwrite=overwrite)
+    embedder = Embedder(model, config)
+    try:
+        yield from embed_into(embedder, texts, output, overwrite=overwrite)
+    finally:
+        embedder.model.close()
+
+
+def refuse_output(output: str | Path, *, overwrite: bool) -> None:
+    """Raises UsageError where the name tells no known kind of file, or where one of the files is there already."""
+    place = Path(output)
+    if place.suffix not in SUFFIXES:
+        raise UsageError(f"must end with one of {', '.join(SUFFIXES)}", where=str(output))
+    for path in (place, facts_beside(place)):
+        if path is not None:
+            refuse_existing(path, overwrite=overwrite)
+
+
+def facts_beside(output: Path) -> Path | None:
+    """Where the file with the facts stands; None where the output holds them itself."""
+    return None if output.suffix == ".safetensors" else output.with_suffix(".json")
+
+
+def embed_into(
+    embedder: Embedder, texts: Iterable[str | TextRow], output: str | Path, *, overwrite: bool = False
+) -> Iterator[Progress | EmbedReport]:
+    """As `embed_file`, by a model that is loaded."""
+    place, beside = Path(output), facts_beside(Path(output))
+    count = left_out = 0
+    with contextlib.ExitStack() as stack:
+        said = stack.enter_context(staged_file(beside, overwrite=overwrite)) if beside is not None else None
+        sink = stack.enter_context(_sink(place, embedder, stack, overwrite=overwrite))
+        for record in embedder.embed(texts):
+            sink.write(count, record)
+            count += 1
+            left_out += record.left_out
+            if count % _EVERY == 0:
+                yield Progress("texts", count, None, "texts")
+        rows = sink.finish()
+        facts = {**embedder.said, "texts": count, "rows": rows}
+        if said is not None:
+            said.write((json.dumps(facts, ensure_ascii=False, indent=2) + "\n").encode("utf-8", "backslashreplace"))
+    yield EmbedReport(str(output), count, rows, left_out, facts)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The files
+
+
+class _Sink(Protocol):
+    def write(self, index: int, record: Embedded) -> None: ...
+
+    def finish(self) -> int: ...
+
+
+@contextlib.contextmanager
+def _sink(place: Path, embedder: Embedder, stack: contextlib.ExitStack, *, overwrite: bool) -> Iterator[_Sink]:
+    facts = embedder.facts
+    row = (*((len(facts.layers),) if embedder.several else ()), facts.dimensions)
+    every = facts.pooling == "none"
+    with staged_file(place, overwrite=overwrite) as file:
+        if place.suffix == ".jsonl":
+            yield _Lines(file)
+        elif place.suffix == ".npy":
+            tokens = None
+            if every:
+                beside = stack.enter_context(staged_file(place.with_suffix(".tokens.npy"), overwrite=overwrite))
+                tokens = NpyRows(beside, (2,), "int64")
+            yield _Npy(NpyRows(file, row, "float32"), tokens)
+        else:
+            tensors: dict[str, Any] = {"embeddings": (row, "float32"), **({"tokens": ((2,), "int64")} if every else {})}
+            metadata = {name: json.dumps(value) for name, value in embedder.said.items()}
+            with contextlib.closing(SafetensorsRows(file, tensors, metadata)) as rows:
+                yield _Safetensors(rows)
+
+
+@dataclasses.dataclass
+class _Lines:
+    """JSON Lines."""
+
+    file: BinaryIO
+    rows: int = 0
+
+    def write(self, index: int, record: Embedded) -> None:
+        self.file.write(line_of(record).encode("utf-8", "backslashreplace") + b"\n")
+        self.rows += 1
+
+    def finish(self) -> int:
+        return self.rows
+
+
+@dataclasses.dataclass
+class _Npy:
+    """An array of vectors and, where there is one a token, another: number of the text, id of the token."""
+
+    vectors: NpyRows
+    tokens: NpyRows | None
+
+    def write(self, index: int, record: Embedded) -> None:
+        self.vectors.write(_rows(record))
+        if self.tokens is not None:
+            self.tokens.write(_tokens(index, record))
+
+    def finish(self) -> int:
+        self.vectors.finish()
+        if self.tokens is not None:
+            self.tokens.finish()
+        return self.vectors.rows
+
+
+@dataclasses.dataclass
+class _Safetensors:
+    """The same as two tensors: embeddings and tokens."""
+
+    tensors: SafetensorsRows
+
+    def write(self, index: int, record: Embedded) -> None:
+        self.tensors.write("embeddings", _rows(record))
+        if record.ids is not None:
+            self.tensors.write("tokens", _tokens(index, record))
+
+    def finish(self) -> int:
+        self.tensors.finish()
+        return self.tensors.rows["embeddings"]
+
+
+def _rows(record: Embedded) -> np.ndarray[Any, Any]:
+    """(rows, [layers,] dimensions)"""
+    if record.ids is None:
+        return record.embedding[None]
+    return np.moveaxis(record.embedding, -2, 0)  # tokens first
+
+
+def _tokens(index: int, record: Embedded) -> np.ndarray[Any, Any]:
+    ids = np.asarray(record.ids, np.int64)
+    return np.stack([np.full_like(ids, index), ids], 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# JSON
+
+
+def line_of(record: Embedded, *, ascii_only: bool = False) -> str:
+    """A record as a JSON object on one line. Nine digits give each float32 back as it was."""
+    head: dict[str, Any] = {} if record.id is None else {"id": record.id}
+    head["text"] = record.text
+    if record.tokens is not None:
+        head["tokens"] = list(record.tokens)
+    return f'{json.dumps(head, ensure_ascii=ascii_only)[:-1]}, "embedding": {_numbers(record.embedding)}}}'
+
+
+def _numbers(values: np.ndarray[Any, Any]) -> str:
+    if values.ndim > 1:
+        return "[" + ", ".join(map(_numbers, values)) + "]"
+    return "[" + ", ".join(["%.9g"] * len(values)) % tuple(values.tolist()) + "]"

@@ -1,0 +1,63 @@
+"""Vectors on torch: encoders and decoders, texts side by side in one row, none of which sees another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from llmcli.data.cores import available_cores
+from llmcli.files.artefacts import ModelPlace
+from llmcli.models.decoder import Decoder
+from llmcli.models.pooling import Pooling, pooled, read_pooling
+from llmcli.models.segments import segments_of
+from llmcli.runtime.torch_session import load_any, working_device
+from llmcli.runtime.vectors import LAST, Floats, Ids
+
+
+class TorchVectors:
+    """A `VectorModel` over a Decoder."""
+
+    def __init__(self, model: Decoder, own: Pooling | None) -> None:
+        self.model, self.own = model, own
+        self.hidden_size, self.layers = model.config.hidden_size, model.config.num_hidden_layers
+        self.longest = model.config.max_position_embeddings
+        self.causal = True
+
+    @torch.inference_mode()
+    def states(self, texts: Sequence[Ids], layers: Sequence[int]) -> list[Floats]:
+        """The states of each text's tokens: (layers, tokens, C) each."""
+        found = torch.stack([states.float() for states in self._hidden(texts, layers)]).cpu().numpy()
+        return np.split(found, np.cumsum([len(text) for text in texts])[:-1], 1)
+
+    @torch.inference_mode()
+    def vectors(self, texts: Sequence[Ids], layers: Sequence[int], mode: str) -> Floats:
+        """A vector a text and layer, pooled and not normalized: (texts, layers, C)."""
+        lengths = torch.tensor([len(text) for text in texts], device=self.model.embedding.device)
+        found = [pooled(states, lengths, mode) for states in self._hidden(texts, layers)]
+        vectors: Floats = torch.stack(found, 1).cpu().numpy()
+        return vectors
+
+    def _hidden(self, texts: Sequence[Ids], layers: Sequence[int]) -> list[torch.Tensor]:
+        """(N, C) of each layer, the texts one behind the other."""
+        device = self.model.embedding.device
+        ids = torch.from_numpy(np.concatenate(texts).astype(np.int64))[None].to(device)
+        segments = segments_of([len(text) for text in texts]).to(device)
+        if all(layer in (LAST, self.layers) for layer in layers):
+            last = self.model.hidden(ids, segments=segments)[0]
+            return [last] * len(layers)
+        every = self.model.states(ids, segments=segments)
+        return [every[layer][0] for layer in layers]
+
+    def close(self) -> None:
+        """There is nothing to let go."""
+
+
+def open_torch(place: ModelPlace, *, device: str, threads: int | None, precision: str) -> TorchVectors:
+    """Loads a model folder onto a device; one that does not work is an error, never another."""
+    device = working_device(device)
+    torch.set_num_threads(threads or available_cores())
+    narrow = precision == "bfloat16" or (precision == "auto" and device == "cuda")
+    model = load_any(place.folder, device, torch.bfloat16 if narrow else torch.float32, adapter=place.adapter)
+    return TorchVectors(model, read_pooling(place.texts) or read_pooling(place.folder))
