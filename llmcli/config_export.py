@@ -57,6 +57,15 @@ class ExportConfig:
         metavar="PERCENT",
         above=0,
     )
+    max_label_changes: float | None = setting(
+        None,
+        "Percent of texts whose label is not float32's at which a quantized classifier is refused (default: 5 int8, "
+        "20 int4).",
+        group="Check",
+        metavar="PERCENT",
+        above=0,
+        maximum=100,
+    )
     threads: int | None = setting(
         None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1
     )

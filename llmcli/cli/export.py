@@ -25,7 +25,8 @@ def export(model: str, output: str, overwrite: bool, export_config: ExportConfig
 
     MODEL is a model folder or a run. The folder is compared with the model before it gets its name: logits, cached
     decoding, rows of unequal length, and for quantized weights perplexity and agreement with float32. Where they do
-    not hold the exit code is 3 and nothing is left. generate, complete and evaluate take the folder as a model.
+    not hold the exit code is 3 and nothing is left. generate, complete and evaluate take the folder as a model. Of a
+    classifier scores and labels are compared; classify and evaluate take it.
 
     \b
     Example:
@@ -49,11 +50,16 @@ def export(model: str, output: str, overwrite: bool, export_config: ExportConfig
 
 def _show(report: ExportReport) -> None:
     from llmcli.cli.info import size
+    from llmcli.operations.export_scores import ScoreReport
 
     sizes = f"{size(report.source_bytes)} -> {size(report.size_bytes)}"
     notice(f"size         {sizes}, {report.bits_per_weight:g} bits a weight")
     found = report.checks
-    if found is not None:
+    if isinstance(found, ScoreReport):
+        notice(f"labels       {100 * found.label_agreement:.2f} % of {found.texts:,} texts get the model's")
+        notice(f"scores       differ by {found.score_difference:.3g} at most")
+        notice(f"speed        {found.speed_before:,.0f} -> {found.speed_after:,.0f} tokens/s")
+    elif found is not None:
         increase = found.perplexity_increase_percent
         notice(f"perplexity   {found.perplexity_before:.4f} -> {found.perplexity_after:.4f} ({increase:+.3f} %)")
         notice(f"agreement    top-1 {100 * found.top1_agreement:.2f} %, KL {found.kl_divergence:.6f} nats a token")

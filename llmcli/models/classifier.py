@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcli.errors import ConfigError
 from llmcli.models.config import DecoderConfig
 from llmcli.models.decoder import Decoder
+from llmcli.models.labels import SUFFIX, is_classifier, labels_of
 from llmcli.models.ops import Linear
 from llmcli.models.segments import Segments
 
-SUFFIX = "ForSequenceClassification"
 _PREFIXES = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral", "gpt2": "GPT2"}
 
 
@@ -56,25 +55,6 @@ def classifier_facts(family: str, labels: list[str], *, several: bool, pad_id: i
         "problem_type": "multi_label_classification" if several else "single_label_classification",
         "pad_token_id": pad_id,
     }
-
-
-def labels_of(values: Mapping[str, Any], where: str) -> list[str]:
-    """The labels that a config.json names, in the order of their scores. Raises ConfigError where it names none."""
-    named = values.get("id2label")
-    try:
-        found = {int(index): label for index, label in named.items()}  # type: ignore[union-attr]
-    except (AttributeError, ValueError, TypeError):
-        raise ConfigError("id2label must name the labels by number", where=where) from None
-    labels = [found.get(index) for index in range(len(found))]
-    if not labels or any(not isinstance(label, str) for label in labels):
-        raise ConfigError("id2label must name the labels from 0 on", where=where)
-    return labels  # type: ignore[return-value]
-
-
-def is_classifier(values: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of a classifier."""
-    names = values.get("architectures")
-    return isinstance(names, list) and any(isinstance(name, str) and name.endswith(SUFFIX) for name in names)
 
 
 def builder_for(values: Mapping[str, Any], where: str) -> Callable[[DecoderConfig], Decoder]:

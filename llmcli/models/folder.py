@@ -16,9 +16,10 @@ from llmcli.errors import DataError
 from llmcli.files.artefacts import read_json
 from llmcli.files.safetensors_header import TensorEntry
 from llmcli.files.tensors import load_weights, save_weights, tensors_of
-from llmcli.models.classifier import builder_for, is_classifier
+from llmcli.models.classifier import builder_for
 from llmcli.models.config import DecoderConfig, read_config, write_config
 from llmcli.models.decoder import Decoder
+from llmcli.models.labels import is_classifier
 
 T = TypeVar("T")
 Build = Callable[[DecoderConfig], Decoder]

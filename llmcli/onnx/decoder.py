@@ -94,12 +94,16 @@ class DecoderGraph:
         if self.config.model_type != "gpt2":
             return x
         table = graph.vector("transformer.wpe.weight", self.weights.positions.rows())
+        found = graph.op("Gather", [table, self._positions(ids)], "position_embedding")
+        return graph.op("Add", [x, found], "embedding.sum")
+
+    def _positions(self, ids: ir.Value) -> ir.Value:
+        """Of the tokens, behind what each row holds: (B, T)."""
+        graph = self.graph
         shape = graph.op("Shape", [ids], "input_ids.shape", start=1, end=2)
         begin = graph.op("Unsqueeze", [graph.op("Sub", [self.sums, shape], "past"), graph.numbers(1)], "past.column")
-        zero, one = (graph.constant(f"scalar.{value}", np.array(value, np.int64)) for value in (0, 1))
-        steps = graph.op("Range", [zero, graph.op("Squeeze", [shape], "tokens"), one], "steps")
-        positions = graph.op("Add", [begin, steps], "positions")
-        return graph.op("Add", [x, graph.op("Gather", [table, positions], "position_embedding")], "embedding.sum")
+        steps = graph.op("Range", [graph.scalar(0), graph.op("Squeeze", [shape], "tokens"), graph.scalar(1)], "steps")
+        return graph.op("Add", [begin, steps], "positions")
 
     def _normed(self, residual: ir.Value, added: ir.Value | None, norm: Norm) -> tuple[ir.Value, ir.Value]:
         """(the norm of residual + added, that sum)."""
@@ -143,7 +147,7 @@ class DecoderGraph:
             self._cache_output(value, index, kind)
         return graph.linear(attended, layer.output, layer.output_bias, f"{name}.output")
 
-    def _cache_input(self, index: int, kind: str) -> ir.Value:
+    def _cache_input(self, index: int, kind: str) -> ir.Value | None:
         shape = ("batch", self.config.num_key_value_heads, self.past_length, self.heads.size)
         return self.graph.input(f"past_key_values.{index}.{kind}", self.graph.dtype, shape)
 
@@ -197,10 +201,13 @@ class DecoderGraph:
 
     def finished(self) -> ir.Model:
         """The model, once it is built."""
-        metadata = {
+        return self.graph.model(self.config.model_type, self._facts(), __version__)
+
+    def _facts(self) -> dict[str, str]:
+        """What the graph says of itself."""
+        return {
             "llmcli.target": self.target,
             "llmcli.precision": self.graph.plan.precision,
             "llmcli.rows": "independent" if self.graph.plan.rows_are_independent else "coupled",
             "llmcli.context": str(self.config.max_position_embeddings),
         }
-        return self.graph.model(self.config.model_type, metadata, __version__)

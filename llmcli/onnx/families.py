@@ -142,6 +142,10 @@ class ModelWeights:
         shape = (self.config.vocab_size, self.config.hidden_size)
         return Matrix("lm_head", (self.weights.tensor("lm_head.weight", shape),))
 
+    def score(self, labels: int) -> Matrix:
+        """The matrix that gives a classifier's scores: (labels, C)."""
+        return Matrix("score", (self.weights.tensor("score.weight", (labels, self.config.hidden_size)),))
+
     @property
     def last_norm(self) -> Norm:
         """The norm before the head."""

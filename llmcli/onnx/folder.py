@@ -16,6 +16,7 @@ import onnx_ir as ir
 from llmcli.errors import from_os_error
 from llmcli.files.artefacts import GRAPH, PREFILL
 from llmcli.models.config import DecoderConfig
+from llmcli.onnx.classifier import ClassifierGraph, PortableClassifier
 from llmcli.onnx.decoder import DecoderGraph
 from llmcli.onnx.external import ExternalData
 from llmcli.onnx.families import Heads, ModelWeights
@@ -35,17 +36,17 @@ class GraphFigures:
 
 
 def write_graph(
-    source: Path, config: DecoderConfig, plan: Plan, folder: Path, *, prefill: bool = False
+    source: Path, config: DecoderConfig, plan: Plan, folder: Path, *, prefill: bool = False, labels: int | None = None
 ) -> Iterator[int | GraphFigures]:
     """Writes the graph of the model in `source` into the staged `folder`.
 
-    `prefill`: with a second graph over the same cache and the same data, which reads prompts in int8. Yields the number
-    of blocks that are done, last the figures.
+    `prefill`: with a second graph over the same cache and the same data, which reads prompts in int8. `labels`: of a
+    classifier. Yields the number of blocks that are done, last the figures.
     """
     weights = ModelWeights(config, Weights(source))
     with ExternalData(folder / f"{GRAPH}.data") as data:
         graph = PortableGraph(plan, data) if plan.portable else Graph(plan, data)
-        decoder = PortableDecoder(config, weights, graph) if plan.portable else DecoderGraph(config, weights, graph)
+        decoder = _decoder(config, weights, graph, labels)
         yield from decoder.build()
         _write(decoder.finished(), folder / GRAPH)
         second = Graph(_prefill_plan(plan, weights), data, graph)
@@ -57,6 +58,12 @@ def write_graph(
     kinds = Counter(str(scheme) for _, _, scheme in matrices)
     weights_of_graph = sum(item[0] for item in graph.matrices.values())
     yield GraphFigures(weights_of_graph, sum(item[1] for item in matrices), dict(kinds))
+
+
+def _decoder(config: DecoderConfig, weights: ModelWeights, graph: Graph, labels: int | None) -> DecoderGraph:
+    if labels is not None:
+        return (PortableClassifier if graph.plan.portable else ClassifierGraph)(config, weights, graph, labels)
+    return (PortableDecoder if graph.plan.portable else DecoderGraph)(config, weights, graph)
 
 
 def _prefill_plan(plan: Plan, weights: ModelWeights) -> Plan:

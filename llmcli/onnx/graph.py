@@ -108,6 +108,10 @@ class Graph:
         """An int64 vector, such as a shape."""
         return self.constant("numbers." + "_".join(map(str, values)), np.array(values, np.int64))
 
+    def scalar(self, value: int) -> ir.Value:
+        """An int64 number."""
+        return self.constant(f"scalar.{value}", np.array(value, np.int64))
+
     def vector(self, name: str, values: Array) -> ir.Value:
         """A vector in the graph's precision: a norm's weight, a bias."""
         return self.constant(name, values.astype(self.numpy_dtype))
@@ -184,9 +188,8 @@ class Graph:
             return self._gathered(ids, matrix, held[0], name)
         # Each part gathers a row for every id; those that it has are taken.
         count = self.constant(f"{name}.common.rows", np.array(held[0].rows, np.int64))
-        highest, zero = (self.constant(f"scalar.{value}", np.array(value, np.int64)) for value in (held[0].rows - 1, 0))
-        low = self.op("Min", [ids, highest], f"{name}.common.ids")
-        high = self.op("Max", [self.op("Sub", [ids, count], f"{name}.rest"), zero], f"{name}.rest.ids")
+        low = self.op("Min", [ids, self.scalar(held[0].rows - 1)], f"{name}.common.ids")
+        high = self.op("Max", [self.op("Sub", [ids, count], f"{name}.rest"), self.scalar(0)], f"{name}.rest.ids")
         is_common = self.op(
             "Unsqueeze", [self.op("Less", [ids, count], f"{name}.is_common"), self.numbers(-1)], f"{name}.which"
         )

@@ -123,7 +123,7 @@ class PortableDecoder(DecoderGraph):
         graph, one = self.graph, self.graph.numbers(1)
         tokens = graph.op("Shape", [ids], "input_ids.tokens", start=1, end=2)
         total = graph.op("Shape", [mask], "attention_mask.total", start=1, end=2)
-        axis, zero, step = (graph.constant(f"scalar.{value}", np.array(value, np.int64)) for value in (1, 0, 1))
+        axis, zero, step = (graph.scalar(value) for value in (1, 0, 1))
         counted = graph.op("CumSum", [mask, axis], "attention_mask.counted")
         ends = graph.numbers(2**62)
         newest = graph.op("Slice", [counted, graph.op("Neg", [tokens], "last"), ends, one], "positions.from_1")

@@ -1,5 +1,7 @@
 """`classify`: texts to labels, in batches of texts of a similar length, answered in the order they came in.
 
+A graph of onnxruntime is run without torch.
+
 Invariant: a text's label and probabilities do not depend on the texts beside it, but for rounding.
 """
 
@@ -7,20 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from llmcli import settings as configs
 from llmcli.config_finetune import ClassifyConfig
-from llmcli.data.cores import available_cores
-from llmcli.data.tokenizer import load_tokenizer
-from llmcli.errors import ConfigError, DataError
-from llmcli.files.artefacts import Model, find_model, read_json
-from llmcli.models.classifier import Classifier, labels_of
-from llmcli.operations.task_classify import text_ids
-from llmcli.runtime.torch_session import load_any, working_device
-from llmcli.training.packing import pack
+from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
+from llmcli.errors import ConfigError, DataError, UsageError
+from llmcli.files.artefacts import Model, ModelPlace, find_model, is_onnx, read_json
+from llmcli.models.labels import gives_several, is_classifier, labels_of
+from llmcli.runtime.session import Logits
 
 _AHEAD = 16  # batches that are read and sorted together
 
@@ -37,6 +38,17 @@ class Classified:
     cut: bool = False  # the text was longer than the context, and its end was not read
 
 
+class Scorer(Protocol):
+    """What gives texts scores: a model in torch, or a graph."""
+
+    context: int  # tokens of a text at most
+    labels: int
+
+    def scores(self, texts: Sequence[npt.NDArray[np.integer[Any]]]) -> Logits:
+        """Of texts of at least one id and at most `context`: (texts, labels)."""
+        ...
+
+
 class Labeller:
     """A classifier with its tokenizer."""
 
@@ -46,18 +58,11 @@ class Labeller:
         said = place.texts / "config.json"
         values = read_json(said)
         self.tokenizer = load_tokenizer(place.texts)
-        device = working_device(config.device)
-        torch.set_num_threads(config.threads or available_cores())
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        loaded = load_any(place.folder, device, dtype, adapter=place.adapter, kind="classifier")
-        assert isinstance(loaded, Classifier)
-        self.model, self.config = loaded, config
+        self.scorer, self.config = _opened(place, values, config), config
         self.labels = labels_of(values, str(said))
-        if len(self.labels) != loaded.score.out_features:
-            raise ConfigError(
-                f"names {len(self.labels)} labels, the model has {loaded.score.out_features}", where=str(said)
-            )
-        self.several = values.get("problem_type") == "multi_label_classification"
+        if len(self.labels) != self.scorer.labels:
+            raise ConfigError(f"names {len(self.labels)} labels, the model has {self.scorer.labels}", where=str(said))
+        self.several = gives_several(values)
 
     def classify(self, texts: Iterable[str]) -> Iterator[Classified]:
         """A record for each text, in order."""
@@ -70,7 +75,7 @@ class Labeller:
         yield from self._sorted(held)
 
     def _sorted(self, texts: Sequence[str]) -> Iterator[Classified]:
-        context = self.model.config.max_position_embeddings
+        context = self.scorer.context
         whole = [np.asarray(text_ids(self.tokenizer, text), np.int32) for text in texts]
         for text, ids in zip(texts, whole, strict=True):
             if not len(ids):
@@ -84,11 +89,10 @@ class Labeller:
         for index in range(len(texts)):
             yield found[index]
 
-    @torch.inference_mode()
-    def _scores(self, texts: Sequence[np.ndarray]) -> list[list[float]]:
-        packed = pack(texts, [np.array([len(ids) - 1]) for ids in texts]).to(self.model.embedding.device)
-        scores = self.model.scores(packed.ids, packed.segments, packed.chosen).float()
-        return (scores.sigmoid() if self.several else scores.softmax(-1)).tolist()
+    def _scores(self, texts: Sequence[npt.NDArray[np.int32]]) -> list[list[float]]:
+        """Probabilities of each text's labels."""
+        found: list[list[float]] = probabilities(self.scorer.scores(texts), several=self.several).tolist()
+        return found
 
     def _record(self, text: str, scores: Sequence[float], *, cut: bool) -> Classified:
         every = dict(zip(self.labels, scores, strict=True))
@@ -99,12 +103,41 @@ class Labeller:
         return Classified(text, best if chosen else None, every[best], chosen, every, cut)
 
 
+def _opened(place: ModelPlace, values: dict[str, Any], config: ClassifyConfig) -> Scorer:
+    """The model, on the engine that its files ask for."""
+    if not is_onnx(place.folder):
+        from llmcli.operations.label_scores import TorchClassifier
+
+        return TorchClassifier(place, device=config.device, threads=config.threads)
+    if not is_classifier(values):
+        raise DataError("is no classifier, but a model that writes", where=str(place.folder))
+    if config.device == "mps":
+        raise UsageError("ONNX folders run on cpu or cuda; mps needs the model that was exported", where="--device")
+    from llmcli.runtime.onnx_classifier import OnnxClassifier
+
+    device = "cuda" if config.device == "cuda" else "cpu"
+    return OnnxClassifier(Path(place.folder), threads=config.threads, device=device)
+
+
+def probabilities(scores: Logits, *, several: bool) -> Logits:
+    """Scores (texts, labels) as probabilities: of one label a text, or of each label by itself."""
+    scores = scores.astype(np.float64)
+    odds = np.exp(-np.logaddexp(0, -scores)) if several else np.exp(scores - scores.max(-1, keepdims=True))
+    found: Logits = odds if several else odds / odds.sum(-1, keepdims=True)
+    return found
+
+
+def text_ids(tokenizer: TextTokenizer, text: str, pair: str | None = None) -> list[int]:
+    """The ids of a text to classify, as transformers' tokenizers give them; the second text stands on a line below."""
+    return tokenizer.encode(text if pair is None else f"{text}\n{pair}", special=True)
+
+
 def classify(
     model: Model,
     texts: str | Iterable[str],
     config: ClassifyConfig = ClassifyConfig(),  # noqa: B008  (frozen)
 ) -> Iterator[Classified]:
-    """The labels of a text, or of many, by a classifier: a model folder, a run, or a base with an adapter.
+    """The labels of a text, or of many, by a classifier: a model or ONNX folder, a run, or a base with an adapter.
 
     Raises DataError for a model that is no classifier, and for an empty text.
     """

@@ -19,6 +19,7 @@ from llmcli.data.labels import require_classes
 from llmcli.data.task_prompts import label_parts
 from llmcli.errors import ConfigError, DataError
 from llmcli.files.artefacts import read_json
+from llmcli.models.labels import is_classifier
 from llmcli.operations.evaluate_figures import Array, Measure, Outcome
 from llmcli.operations.evaluate_model import POOL, EvaluatedModel
 from llmcli.settings import nearest
@@ -106,11 +107,7 @@ def confusion_matrix(outcomes: Sequence[Outcome], labels: Sequence[str]) -> list
 def _is_classifier(model: EvaluatedModel) -> bool:
     """Whether the model brings a head and labels of its own."""
     said = model.place.texts / "config.json"
-    if model.is_onnx or not said.is_file():
-        return False
-    from llmcli.models.classifier import is_classifier
-
-    return is_classifier(read_json(said))
+    return said.is_file() and is_classifier(read_json(said))
 
 
 def _by_head(model: EvaluatedModel, examples: Sequence[LabelExample]) -> Iterator[tuple[list[str], float, bool]]:

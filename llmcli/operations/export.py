@@ -21,6 +21,7 @@ from llmcli.files.atomic import refuse_existing, staged_folder, write_file, writ
 from llmcli.files.manifest import read_manifest, sha256_of, versions, write_manifest
 from llmcli.files.tensors import weight_files
 from llmcli.models.config import DecoderConfig, read_config
+from llmcli.models.labels import is_classifier, labels_of
 from llmcli.operations.export_text import ReferenceText
 from llmcli.operations.records import Progress
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from llmcli.onnx.folder import GraphFigures
     from llmcli.onnx.quantize import Plan, Quantizer
     from llmcli.operations.export_check import CheckReport
+    from llmcli.operations.export_scores import ScoreReport
 
 CONFIG, GENERATION, GENAI, REPORT = "config.json", "generation_config.json", "genai_config.json", "export.json"
 _CALIBRATED = 8192  # tokens
@@ -36,7 +38,8 @@ _CALIBRATED = 8192  # tokens
 _COMMON = 0.25
 # The products whose inputs reach furthest above the rest: in int8 with one scale for all of them these lose most.
 _SENSITIVE = ("mlp.down_proj", "mlp.c_proj")
-_LITTLE = 0.5  # percent of perplexity: int8 that costs more keeps the sensitive matrices in blocks
+# Percent of perplexity, or of a classifier's labels: int8 that costs more keeps the sensitive matrices in blocks.
+_LITTLE = 0.5
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -51,7 +54,7 @@ class ExportReport:
     size_bytes: int  # of the graph and its data
     source_bytes: int  # of the model's weights
     seconds: float  # without the checks
-    checks: CheckReport | None
+    checks: CheckReport | ScoreReport | None
 
 
 def export(
@@ -73,12 +76,15 @@ def export(
     folder = resolve_model(model, onnx=False)
     settings = read_json(folder / CONFIG)
     shape = read_config(settings, str(folder / CONFIG))
+    labels = len(labels_of(settings, str(folder / CONFIG))) if is_classifier(settings) else None
+    if labels is not None:
+        shape = dataclasses.replace(shape, tie_word_embeddings=True)  # it has no head for tokens
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > shape.vocab_size:
         raise DataError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {shape.vocab_size}", where=str(folder)
         )
-    plan = plan_of(config)
+    plan = plan_of(config, labelled=labels is not None)
     reference: ReferenceText | None = None
     if config.check or plan.quantizer.needs_moments or config.quantizer == "sequential":
         reference = ReferenceText(tokenizer, config.calibration, text, shape.max_position_embeddings)
@@ -86,7 +92,7 @@ def export(
         plan = dataclasses.replace(plan, moments=_calibration(folder, shape, reference, config))
     if reference is not None and config.quantizer == "sequential":
         plan = dataclasses.replace(plan, quantizer=_sequential(folder, shape, reference, config))
-    source, prepared = _Source(folder, settings, shape, tokenizer, reference), time.perf_counter() - began
+    source, prepared = _Source(folder, settings, shape, tokenizer, labels, reference), time.perf_counter() - began
     plans = [plan]
     if config.check and (config.precision, config.quantizer, config.target) == ("int8", "auto", "ort"):
         plans.append(dataclasses.replace(plan, in_blocks=_SENSITIVE))
@@ -111,6 +117,7 @@ class _Source:
     settings: dict[str, Any]  # of config.json
     shape: DecoderConfig
     tokenizer: TextTokenizer
+    labels: int | None  # of a classifier
     text: ReferenceText | None  # to measure on
 
 
@@ -130,17 +137,17 @@ def _exported(
     """
     folder, began = source.folder, time.perf_counter()
     with staged_folder(output, overwrite=overwrite) as staged:
-        figures = yield from _write(folder, source.shape, plan, staged, config.prefill == "int8")
+        figures = yield from _write(source, plan, staged, config.prefill == "int8")
         size, seconds = size_of(staged), prepared + time.perf_counter() - began
-        _write_files(folder, source.settings, source.shape, source.tokenizer, staged, config.target == "portable")
-        checks: CheckReport | None = None
-        for record in _checks(folder, staged, source.text, figures.weights, config):
+        _write_files(source, staged, genai=config.target == "ort" and source.labels is None)
+        checks: CheckReport | ScoreReport | None = None
+        for record in _checks(source, staged, figures.weights, config):
             if isinstance(record, Progress):
                 yield record
             else:
                 checks = record
-        if exact and checks is not None and checks.perplexity_increase_percent > _LITTLE:
-            raise CheckError("there is a way that may cost less perplexity")
+        if exact and checks is not None and checks.cost > _LITTLE:
+            raise CheckError("there is a way that may cost less")
         report = ExportReport(
             output=str(output),
             precision=config.precision,
@@ -158,13 +165,16 @@ def _exported(
     return report
 
 
-def plan_of(config: ExportConfig) -> Plan:
-    """What each matrix becomes by the settings."""
+def plan_of(config: ExportConfig, *, labelled: bool = False) -> Plan:
+    """What each matrix becomes by the settings. `labelled`: of a classifier."""
+    from llmcli.onnx.classifier import SCHEMES
     from llmcli.onnx.quantize import Plan
     from llmcli.onnx.quantizers import QUANTIZERS
 
     if config.prefill == "int8" and (config.precision != "int4" or config.target != "ort"):
         raise ConfigError("a second graph pays for int4 and the target ort alone", where="prefill")
+    if config.prefill == "int8" and labelled:
+        raise ConfigError("a classifier reads each text once, so a second graph is no use", where="prefill")
     if config.quantizer == "weight-only" and config.precision != "int8":
         raise ConfigError("is meant for int8: int4 leaves activations to each row anyway", where="quantizer")
     if config.quantizer in ("search", "calibrated", "sequential") and config.precision not in ("int4", "int8"):
@@ -180,6 +190,7 @@ def plan_of(config: ExportConfig) -> Plan:
         block_size=None if config.block_size == "auto" else int(config.block_size),
         weight_only=config.quantizer == "weight-only",
         portable=config.target == "portable",
+        schemes=SCHEMES if labelled else {},
         quantizer=QUANTIZERS[config.quantizer if config.quantizer in QUANTIZERS else "round"](),
     )
 
@@ -205,12 +216,11 @@ def _sequential(folder: Path, shape: DecoderConfig, text: ReferenceText, config:
     return Sequential(shape, ModelWeights(shape, Weights(folder)), windows, threads, LeastError(zero_points=True))
 
 
-def _write(
-    folder: Path, shape: DecoderConfig, plan: Plan, staged: Path, prefill: bool
-) -> Generator[Progress, None, GraphFigures]:
+def _write(source: _Source, plan: Plan, staged: Path, prefill: bool) -> Generator[Progress, None, GraphFigures]:
     from llmcli.onnx.folder import GraphFigures, write_graph
 
-    for record in write_graph(folder, shape, plan, staged, prefill=prefill):
+    shape = source.shape
+    for record in write_graph(source.folder, shape, plan, staged, prefill=prefill, labels=source.labels):
         if isinstance(record, GraphFigures):
             return record
         yield Progress("export", record, shape.num_hidden_layers, "layers")
@@ -218,26 +228,26 @@ def _write(
 
 
 def _checks(
-    folder: Path, staged: Path, text: ReferenceText | None, parameters: int, config: ExportConfig
-) -> Iterator[Progress | CheckReport]:
+    source: _Source, staged: Path, parameters: int, config: ExportConfig
+) -> Iterator[Progress | CheckReport | ScoreReport]:
     """The gate, where it is asked for."""
-    if config.check and text is not None:
-        from llmcli.operations.export_check import check_export
+    if not config.check or source.text is None:
+        return
+    if source.labels is not None:
+        from llmcli.operations.export_scores import check_scores
 
-        yield from check_export(folder, staged, text, parameters, config)
+        yield from check_scores(source.folder, staged, source.text, parameters, config)
+        return
+    from llmcli.operations.export_check import check_export
+
+    yield from check_export(source.folder, staged, source.text, parameters, config)
 
 
-def _write_files(
-    folder: Path,
-    settings: dict[str, Any],
-    shape: DecoderConfig,
-    tokenizer: TextTokenizer,
-    staged: Path,
-    portable: bool,
-) -> None:
-    """What stands beside the graph: tokenizer, configs."""
+def _write_files(source: _Source, staged: Path, *, genai: bool) -> None:
+    """What stands beside the graph: tokenizer, configs. `genai`: onnxruntime-genai's, which knows the operators."""
     from llmcli.onnx.folder import genai_config
 
+    folder, settings, tokenizer = source.folder, source.settings, source.tokenizer
     tokenizer.save(staged)
     write_file(staged / CONFIG, (folder / CONFIG).read_bytes())
     generation: dict[str, Any] = {}
@@ -247,8 +257,8 @@ def _write_files(
     ids = {key: generation.get(key, settings.get(key)) for key in _SPECIAL}
     if ids["eos_token_id"] is None:
         ids["eos_token_id"] = tokenizer.eos_id
-    if not portable:  # onnxruntime-genai knows the operators of onnxruntime
-        write_json(staged / GENAI, genai_config(shape, ids))
+    if genai:
+        write_json(staged / GENAI, genai_config(source.shape, ids))
 
 
 def _lineage(folder: Path, tokenizer: TextTokenizer) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from llmcli.operations.export_text import Ids, ReferenceText
 from llmcli.operations.records import Progress
 from llmcli.runtime.session import Logits, Session
 
-_EQUAL = {"fp32": 1e-3, "fp16": 5e-2}  # of logits, where they spread by 1 or less; by more: times that
+EQUAL = {"fp32": 1e-3, "fp16": 5e-2}  # of logits, where they spread by 1 or less; by more: times that
 _ALLOWED_INCREASE = {"fp32": 0.1, "fp16": 0.5, "int8": 3.0, "int4": 20.0}  # percent of perplexity, where none is set
 _WORK = 3e12  # floating-point operations that measuring may take in torch
 _TOKENS = (1024, 16_384)  # that are measured on: at least, at most
@@ -51,6 +51,11 @@ class CheckReport:
     prefill_after: float
     decode_before: float
     decode_after: float
+
+    @property
+    def cost(self) -> float:
+        """What quantizing costs, in percent."""
+        return self.perplexity_increase_percent
 
 
 def check_export(
@@ -219,7 +224,7 @@ def _greedy(theirs: Session, ours: Session, window: Ids, tally: _Tally, precisio
     for _ in range(count):
         chosen, other = int(before.argmax()), int(after.argmax())
         equal += chosen == other
-        close = 2 * _tolerance(precision, tally.spread) if precision in _EQUAL else math.inf
+        close = 2 * _tolerance(precision, tally.spread) if precision in EQUAL else math.inf
         if before[chosen] - before[other] > close:
             raise CheckError(f"greedy decoding gives the token {other} where the model gives {chosen}")
         fed = np.array([[chosen]], np.int64)
@@ -251,11 +256,11 @@ def _speeds(session: Session, window: Ids) -> tuple[float, float]:
 
 
 def _tolerance(precision: str, spread: float) -> float:
-    return _EQUAL[precision] * max(1.0, spread)
+    return EQUAL[precision] * max(1.0, spread)
 
 
 def _expect_equal(what: str, largest: float, tally: _Tally, precision: str) -> None:
-    if precision in _EQUAL and largest > _tolerance(precision, tally.spread):
+    if precision in EQUAL and largest > _tolerance(precision, tally.spread):
         allowed = _tolerance(precision, tally.spread)
         raise CheckError(
             f"the graph does not give what the model gives: {what}, logits differ by {largest:.3g}, "

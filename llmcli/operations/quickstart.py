@@ -230,8 +230,10 @@ def _exported(
 
 
 def _export_figures(report: ExportReport) -> dict[str, Any]:
+    from llmcli.operations.export_check import CheckReport
+
     checks = report.checks
-    assert checks is not None
+    assert isinstance(checks, CheckReport)
     return {
         "model_bytes": report.source_bytes,
         "int4_bytes": report.size_bytes,

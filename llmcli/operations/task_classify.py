@@ -21,6 +21,7 @@ from llmcli.data.tokenizer import TextTokenizer
 from llmcli.errors import DataError
 from llmcli.models.classifier import Classifier, classifier_facts, classifier_from
 from llmcli.models.decoder import Decoder
+from llmcli.operations.classify import text_ids
 from llmcli.operations.tasks import Row
 from llmcli.training.loop import Validation
 from llmcli.training.packing import Packed, pack
@@ -147,11 +148,6 @@ class ClassifyTask:
         figures = {"accuracy": float((guessed == true).all(1).mean()), "macro_f1": macro_f1(guessed, true)}
         # Labels are what is asked for; their probabilities grow too sure long before the labels grow wrong.
         return Validation(loss / len(true), None, figures, criterion=-figures["accuracy"])
-
-
-def text_ids(tokenizer: TextTokenizer, text: str, pair: str | None = None) -> list[int]:
-    """The ids of a text to classify, as transformers' tokenizers give them; the second text stands on a line below."""
-    return tokenizer.encode(text if pair is None else f"{text}\n{pair}", special=True)
 
 
 def macro_f1(guessed: npt.NDArray[np.bool_], true: npt.NDArray[np.bool_]) -> float:

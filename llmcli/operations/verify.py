@@ -24,6 +24,7 @@ from llmcli.files.onnx_header import NAMES, read_onnx
 from llmcli.files.safetensors_header import TensorEntry, read_header
 from llmcli.files.tensors import tensors_of, weight_files
 from llmcli.models.config import read_config
+from llmcli.models.labels import is_classifier, labels_of
 
 _PIECE = 1 << 22  # ids or weights looked at at once: memory stays small whatever the size
 _TOKENIZER_FILES = ("tokenizer", "vocab.json", "merges.txt", "special_tokens_map.json")
@@ -223,20 +224,26 @@ def _onnx(folder: Path, values: bool) -> Iterator[str]:
 
 def _onnx_config(folder: Path, graphs: Sequence[Path]) -> Iterator[str]:
     """The config against the tokenizer and the graphs, which must be decoders of its shape."""
+    from llmcli.runtime.onnx_classifier import ClassifierFacts
     from llmcli.runtime.onnx_session import GraphFacts
 
     try:
-        config = read_config(artefacts.read_json(folder / "config.json"), str(folder / "config.json"))
+        said = artefacts.read_json(folder / "config.json")
+        config = read_config(said, str(folder / "config.json"))
     except LlmcliError:
         yield from _tokenizer(folder)
         raise
     yield from _special_ids(folder, config.vocab_size)
     for path in graphs:
-        facts = GraphFacts(path)
-        for what, found, wanted in (
-            ("layers", facts.layers, config.num_hidden_layers),
-            ("tokens of context", facts.context, config.max_position_embeddings),
-        ):
+        expected: list[tuple[str, int, int]]
+        if is_classifier(said):
+            scores = ClassifierFacts(path)
+            expected = [("labels", scores.labels, len(labels_of(said, str(folder / "config.json"))))]
+            context = scores.context
+        else:
+            facts = GraphFacts(path)
+            expected, context = [("layers", facts.layers, config.num_hidden_layers)], facts.context
+        for what, found, wanted in (*expected, ("tokens of context", context, config.max_position_embeddings)):
             if found != wanted:
                 yield f"{path.name}: {found} {what}, config.json says {wanted}"
 

@@ -23,8 +23,10 @@ from llmcli.runtime.onnx_device import DeviceCache, HostCache, check_device, che
 from llmcli.runtime.portable_rows import PortableRows
 from llmcli.runtime.session import FLOAT_ERROR, HALF_ERROR, QUANTIZED_ERROR, Ids, Logits, Mask, States
 
-# Facts of the graph: its context; whether its rows are "independent"; whether it is "portable".
+# Facts of the graph: its context; whether its rows are "independent"; whether it is "portable"; of a classifier, how
+# many labels it has.
 CONTEXT, ROWS, TARGET, PRECISION = "llmcli.context", "llmcli.rows", "llmcli.target", "llmcli.precision"
+LABELS = "llmcli.labels"
 _SCORED = 1 << 23  # logits that scoring holds at once
 _CHUNK = 256  # tokens of a row that one run takes: attention holds heads x chunk x capacity numbers
 _PROMPT = 16  # tokens from which a second graph reads them; fewer may be a draft, which must come out as it would alone
@@ -52,14 +54,14 @@ class OnnxSession:
         facts = GraphFacts(folder / GRAPH)
         if device == "cuda":
             check_graph(facts.precision, str(folder))
-        engine = _opened(folder / GRAPH, threads, device)
+        engine = open_graph(folder / GRAPH, threads, device)
         self._shape = _GraphShape(engine, facts, device)
         self._engines = _Engines(engine, engine)
         if prefill and (folder / PREFILL).is_file():
             second = GraphFacts(folder / PREFILL)
             if (second.layers, second.context) != (facts.layers, facts.context):
                 raise DataError(f"is of another model than {GRAPH}", where=str(folder / PREFILL))
-            self._engines = _Engines(engine, _opened(folder / PREFILL, threads, device))
+            self._engines = _Engines(engine, open_graph(folder / PREFILL, threads, device))
         self.vocab_size, self.context = self._shape.vocab_size, self._shape.context
         error = QUANTIZED_ERROR if facts.quantized else FLOAT_ERROR if self._shape.dtype is np.float32 else HALF_ERROR
         self.run_error = error if facts.independent else None
@@ -198,8 +200,8 @@ class _Engines(NamedTuple):
     prompt: Any
 
 
-def _opened(graph: Path, threads: int | None, device: str) -> Any:
-    """A graph in onnxruntime."""
+def open_graph(graph: Path, threads: int | None, device: str) -> Any:
+    """A graph in onnxruntime. Raises DataError where the library refuses it."""
     import onnxruntime
 
     wanted = providers(device)
@@ -223,6 +225,8 @@ class GraphFacts:
 
     def __init__(self, graph: Path) -> None:
         header = read_onnx(graph)
+        if LABELS in header.metadata:
+            raise DataError("is a classifier, which writes no text; llmcli classify uses it", where=str(graph))
         self.layers = sum(name.endswith(".key") for name in header.inputs)
         inputs = ["input_ids", "attention_mask", *self._caches("past_key_values"), "num_logits_to_keep"]
         outputs = ["logits", *self._caches("present")]
