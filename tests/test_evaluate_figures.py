@@ -6,12 +6,14 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import bootstrap, pearsonr, spearmanr
 
 from llmcli.data.task_prompts import NO_ANSWER, answer_prompt, said_answer, summary_prompt
 from llmcli.errors import ConfigError
 from llmcli.operations.evaluate_answer import answer_scores, normalized
 from llmcli.operations.evaluate_choice import share_of
 from llmcli.operations.evaluate_classify import ClassifyTask, Confusion, confusion_matrix
+from llmcli.operations.evaluate_embed import Correlations
 from llmcli.operations.evaluate_figures import (
     Means,
     Outcome,
@@ -139,6 +141,45 @@ def test_a_mean_is_over_the_examples_that_have_the_value() -> None:
     run = [Outcome({"f1": 1.0, "has": 0.5}, {}), Outcome({"f1": 0.0}, {}), Outcome({"f1": 0.5}, {})]
     measure = Means(("f1", "has", "none"))
     assert figures_of(measure, features_of(measure, run)) == {"f1": 0.5, "has": 0.5}
+
+
+def correlated(count: int, noise: float, seed: int) -> list[Outcome]:
+    drawn = np.random.default_rng(seed)
+    scores = np.random.default_rng(9).integers(0, 26, count) / 5  # many are equal, as in STS-B
+    cosines = np.round(0.8 + 0.2 * (scores / 5 + noise * drawn.normal(size=count)), 2)
+    return [Outcome({"score": s, "cosine": c}, {}) for s, c in zip(scores.tolist(), cosines.tolist(), strict=True)]
+
+
+def test_correlations_and_their_intervals_are_scipys() -> None:
+    run, measure = correlated(200, 0.3, 1), Correlations()
+    features = features_of(measure, run)
+    found, intervals = figures_of(measure, features), intervals_of(measure, features, ["spearman", "pearson"], 0)
+    for name, theirs in (("spearman", spearmanr), ("pearson", pearsonr)):
+        expected = theirs(features[:, 0], features[:, 1]).statistic
+        assert found[name] == pytest.approx(expected, abs=1e-12)
+        drawn = bootstrap(
+            (features[:, 0], features[:, 1]),
+            lambda x, y, theirs=theirs: theirs(x, y).statistic,
+            paired=True,
+            vectorized=False,
+            n_resamples=500,
+            method="percentile",
+            rng=3,
+        )
+        assert intervals[name] == pytest.approx(tuple(drawn.confidence_interval), abs=0.02)
+
+
+def test_two_models_correlations_are_compared_whatever_their_cosines_lie_between() -> None:
+    measure = Correlations()
+    better, worse = (features_of(measure, correlated(150, noise, 4 + place)) for place, noise in enumerate((0.2, 0.5)))
+    wide = better * np.array([1.0, 20.0, 20.0]) - np.array([0.0, 18.0, 18.0])  # the same model in another unit
+    for second in (better, wide):
+        found = differences_of(measure, worse, second, ["spearman", "pearson"], 0)
+        assert all(each.difference > 0.1 and each.p_value < 0.01 for each in found.values())
+    same = differences_of(measure, better, wide, ["spearman", "pearson"], 0)
+    assert all(abs(each.difference) < 1e-9 and each.p_value > 0.9 for each in same.values())
+    flat = [Outcome({"score": 1.0, "cosine": c}, {}) for c in (0.1, 0.2)]
+    assert figures_of(measure, features_of(measure, flat)) == {}
 
 
 def test_an_interval_is_that_of_the_normal_law_where_that_holds() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import ROOT, Run
+from scipy.stats import pearsonr, spearmanr
 from small_model import make_model
 from small_tokenizer import make_tokenizer
 from small_tuning import go, make_base, tiny
@@ -446,6 +447,44 @@ def test_predictions_do_not_replace_a_file_unasked(model: Path, tmp_path: Path) 
     assert (tmp_path / "p.jsonl").read_text() == "mine"
 
 
+ALIKE = [
+    ("The list type is a mutable sequence.", "The lists are mutable.", 4.5),
+    ("Objects of a class", "An instance of a class", 4.0),
+    ("An exception is raised.", "A function returns.", 1.0),
+    ("A module has a name.", "A module has a name.", 5.0),
+    ("A string of bytes", "The sea is blue.", 0.0),
+    ("A dictionary maps keys.", "Keys map to values.", 4.0),
+]
+
+
+def alike(path: Path, rows: Sequence[tuple[str, str, float]] = ALIKE) -> Path:
+    return lines(path, [{"sentence1": one, "sentence2": other, "score": score} for one, other, score in rows])
+
+
+def test_embeddings_are_compared_with_scores(model: Path, models: tuple[Path, Path], tmp_path: Path) -> None:
+    path, second = alike(tmp_path / "a.jsonl"), alike(tmp_path / "b.jsonl", ALIKE[::-1][:3])
+    tokenizer, decoder = load_tokenizer(model), load_model(model)
+
+    def vector(text: str) -> Any:
+        with torch.no_grad():
+            return decoder.hidden(torch.tensor([tokenizer.encode(text, special=True)]))[0].mean(0)
+
+    expected = [float(torch.cosine_similarity(vector(one), vector(other), 0)) for one, other, _ in ALIKE]
+    found = predicted(model, path, task="embed")
+    assert [record["cosine"] for record in found] == pytest.approx(expected, abs=1e-5)
+    report = run(model, path, second, task="embed", more={"other": models[1]})
+    scores = [score for *_, score in ALIKE]
+    for file, rows in zip(report.files, (slice(None), slice(3, None)), strict=True):
+        assert file.metrics["spearman"] == pytest.approx(spearmanr(scores[rows], expected[rows]).statistic, abs=1e-4)
+        assert file.metrics["pearson"] == pytest.approx(pearsonr(scores[rows], expected[rows]).statistic, abs=1e-4)
+    assert report.differences is not None
+    assert set(report.differences) == set(report.intervals) == {"spearman", "pearson"}
+    words = [str(model), str(path), "--task", "embed", "--threads", "1", "--json", "--fail-under"]
+    assert CliRunner().invoke(command, [*words, "spearman=-1"]).exit_code == 0
+    with pytest.raises(CheckError, match="spearman is"):
+        CliRunner().invoke(command, [*words, "spearman=0.9999"], catch_exceptions=False)
+
+
 def test_data_that_do_not_fit_the_task_are_refused(model: Path, tmp_path: Path) -> None:
     pairs = minimal_pairs(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match=r"a\.jsonl:1: its fields are no layout of classify"):
@@ -457,8 +496,8 @@ def test_data_that_do_not_fit_the_task_are_refused(model: Path, tmp_path: Path) 
         run(model, tmp_path / "empty.jsonl", task="choice")
     with pytest.raises(DataError, match="no such file"):
         run(model, tmp_path / "missing.jsonl", task="choice")
-    with pytest.raises(ConfigError, match="embed needs an encoder"):
-        run(model, pairs, task="embed")
+    with pytest.raises(DataError, match=r"d\.jsonl:1: has no score"):
+        run(model, lines(tmp_path / "d.jsonl", [{"anchor": "A list.", "positive": "Lists."}]), task="embed")
     with pytest.raises(DataError, match="has the label"):
         run(model, lines(tmp_path / "c.jsonl", [{"text": "A list.", "label": "a"}]), task="classify")
     for more in ({"predictions": tmp_path / "p"}, {"columns": "text=a"}):

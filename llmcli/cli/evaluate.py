@@ -59,6 +59,7 @@ def evaluate(
     answer     exact_match and f1 by the rules of SQuAD 2.0
     summarize  rouge1, rouge2, rougeL (needs the extra [eval])
     prefer     accuracy and margin of the better answer, whole and per token
+    embed      spearman and pearson of pairs' scores with the cosine of their vectors
 
     \b
     Example:

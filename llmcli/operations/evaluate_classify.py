@@ -20,7 +20,7 @@ from llmcli.data.task_prompts import label_parts
 from llmcli.errors import ConfigError, DataError
 from llmcli.files.artefacts import read_json
 from llmcli.models.labels import is_classifier
-from llmcli.operations.evaluate_figures import Array, Measure, Outcome
+from llmcli.operations.evaluate_figures import Array, Measure, Outcome, Summed
 from llmcli.operations.evaluate_model import POOL, EvaluatedModel
 from llmcli.settings import nearest
 
@@ -49,7 +49,7 @@ class ClassifyTask:
             yield Outcome({"accuracy": float(set(labels) == set(example.labels))}, prediction, cut)
 
 
-class Confusion:
+class Confusion(Summed):
     """Metrics by what was predicted beside what is right."""
 
     def __init__(self, labels: Sequence[str], *, single: bool) -> None:

@@ -1,7 +1,8 @@
 """Figures of an evaluation: means and their like over examples, 95 % intervals, and the difference of two models.
 
-Invariant: a figure is a function of sums over examples (features) alone. So whatever the metric, the bootstrap draws
-examples anew and the test of a difference exchanges the two models' examples, and nothing else need be known of it.
+Invariant: a figure is a function of the examples' numbers (features) alone: of their sums, or where no sums tell it of
+all of them. So whatever the metric, the bootstrap draws examples anew and the test of a difference exchanges the two
+models' examples, and nothing else need be known of it.
 
 Sources: Efron and Tibshirani 1993, ch. 13 (percentile intervals); Noreen 1989 and Yeh, arXiv:cs/0008005 (approximate
 randomization); where few examples differ all exchanges are counted, which for accuracy is the exact sign test.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from llmcli.errors import ConfigError
 from llmcli.settings import nearest
 
+M = TypeVar("M")
 Array: TypeAlias = npt.NDArray[np.float64]
 Interval: TypeAlias = tuple[float, float] | None
 
@@ -42,14 +44,20 @@ class Outcome:
 
 
 class Measure(Protocol):
-    """Metrics as functions of sums over examples."""
+    """Metrics as functions of the examples' numbers."""
+
+    whole: bool  # the metrics need the examples one by one, as ranks do; else their sums are enough
 
     def features(self, outcome: Outcome) -> Sequence[float]:
-        """The numbers of an example that are summed up: K of them."""
+        """The numbers of an example: K of them."""
         ...
 
     def figures(self, sums: Array) -> dict[str, Array]:
-        """The metrics by sums (R, K), each (R,); NaN where one is not defined."""
+        """The metrics by sums (R, K), or if `whole` by examples (R, N, K), each (R,); NaN where one is not defined."""
+        ...
+
+    def exchangeable(self, features: Array) -> tuple[Measure, Array]:
+        """The same metrics as functions of sums, of features in a unit that another model's are in too."""
         ...
 
     def details(self, sums: Array) -> dict[str, Any]:
@@ -57,7 +65,17 @@ class Measure(Protocol):
         ...
 
 
-class Means:
+class Summed:
+    """What measures have in common whose metrics are functions of sums."""
+
+    whole: bool = False
+
+    def exchangeable(self: M, features: Array) -> tuple[M, Array]:
+        """As they are."""
+        return self, features
+
+
+class Means(Summed):
     """Metrics that are means of the examples' values of that name, over those that have it."""
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -96,7 +114,7 @@ def features_of(measure: Measure, outcomes: Sequence[Outcome]) -> Array:
 
 def figures_of(measure: Measure, features: Array) -> dict[str, float]:
     """The metrics that are defined."""
-    found = {name: float(values[0]) for name, values in measure.figures(features.sum(0)[None]).items()}
+    found = {name: float(values[0]) for name, values in measure.figures(_all(measure, features)[None]).items()}
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
@@ -104,7 +122,7 @@ def intervals_of(measure: Measure, features: Array, names: Sequence[str], seed: 
     """95 % intervals by the bootstrap over examples; None: there is but one example."""
     if len(features) < 2:
         return dict.fromkeys(names)
-    drawn = measure.figures(_drawn(features, seed))
+    drawn = _joined([measure.figures(part) for part in _drawn(measure, features, seed)])
     return {name: _between(drawn[name]) for name in names}
 
 
@@ -114,18 +132,29 @@ def differences_of(
     """Second less first, of features of the same examples in the same order."""
     pair = np.concatenate([first, second], 1)
     width = first.shape[1]
-    observed = _apart(measure, pair.sum(0)[None], width)
-    drawn = _apart(measure, _drawn(pair, seed), width) if len(pair) > 1 else None
-    exchanged = _p_values(measure, first, second, names, seed, observed)
+    observed = _apart(measure, _all(measure, pair)[None], width)
+    drawn = None
+    if len(pair) > 1:
+        drawn = _joined([_apart(measure, part, width) for part in _drawn(measure, pair, seed)])
+    exchanged = _p_values(measure, first, second, names, seed)
     return {
         name: Difference(float(observed[name][0]), None if drawn is None else _between(drawn[name]), exchanged[name])
         for name in names
     }
 
 
-def _apart(measure: Measure, sums: Array, width: int) -> dict[str, Array]:
-    first, second = measure.figures(sums[:, :width]), measure.figures(sums[:, width:])
+def _all(measure: Measure, features: Array) -> Array:
+    """What the metrics are functions of: the sums (K,), or the examples (N, K)."""
+    return features if measure.whole else features.sum(0)
+
+
+def _apart(measure: Measure, drawn: Array, width: int) -> dict[str, Array]:
+    first, second = measure.figures(drawn[..., :width]), measure.figures(drawn[..., width:])
     return {name: second[name] - first[name] for name in first}
+
+
+def _joined(parts: Sequence[dict[str, Array]]) -> dict[str, Array]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _between(values: Array) -> Interval:
@@ -136,24 +165,27 @@ def _between(values: Array) -> Interval:
     return float(low), float(high)
 
 
-def _drawn(features: Array, seed: int) -> Array:
-    """Sums over examples that are drawn with replacement: (resamples, K)."""
+def _drawn(measure: Measure, features: Array, seed: int) -> Iterator[Array]:
+    """Examples that are drawn with replacement, many times: their sums (R, K), or themselves (R, N, K)."""
     count = len(features)
     generator = np.random.default_rng(seed)
-    sums = []
-    step = max(1, _HELD // count)
+    step = max(1, _HELD // (count * (features.shape[1] if measure.whole else 1)))
     for begin in range(0, _RESAMPLES, step):
         rows = min(step, _RESAMPLES - begin)
-        chosen = generator.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
-        times = np.bincount(chosen.ravel(), minlength=rows * count).reshape(rows, count)
-        sums.append(times @ features)
-    return np.concatenate(sums)
+        chosen = generator.integers(count, size=(rows, count))
+        if measure.whole:
+            yield features[chosen]
+            continue
+        chosen += count * np.arange(rows)[:, None]
+        yield np.bincount(chosen.ravel(), minlength=rows * count).reshape(rows, count) @ features
 
 
-def _p_values(
-    measure: Measure, first: Array, second: Array, names: Sequence[str], seed: int, observed: dict[str, Array]
-) -> dict[str, float]:
+def _p_values(measure: Measure, first: Array, second: Array, names: Sequence[str], seed: int) -> dict[str, float]:
     """How often a difference is as large when which model an example's numbers are of is drawn."""
+    summed, first = measure.exchangeable(first)
+    second = measure.exchangeable(second)[1]
+    width = first.shape[1]
+    observed = _apart(summed, np.concatenate([first.sum(0), second.sum(0)])[None], width)
     gains = second - first
     gains = gains[(gains != 0).any(1)]
     exact = len(gains) <= math.log2(_EXCHANGES)
@@ -162,7 +194,7 @@ def _p_values(
     for chosen in _every(len(gains)) if exact else _random(len(gains), seed):
         moved = chosen @ gains
         sums = np.concatenate([first.sum(0) + moved, second.sum(0) - moved], 1)
-        found = _apart(measure, sums, first.shape[1])
+        found = _apart(summed, sums, width)
         total += len(chosen)
         for name in names:
             # What is not defined in an exchange counts as reached: the test may only err to the safe side.
@@ -189,7 +221,7 @@ def _random(count: int, seed: int) -> Iterator[Array]:
 # Text
 
 
-class _BitsPerByte:
+class _BitsPerByte(Summed):
     """Features of a block of text: its nats and its bytes."""
 
     def features(self, outcome: Outcome) -> list[float]:

@@ -186,7 +186,11 @@ def open_task(config: EvaluateConfig) -> Task:
             from llmcli.operations.evaluate_prefer import PreferTask
 
             return PreferTask()
-    raise ConfigError("embed needs an encoder, and models of that kind are not read yet", where="task")
+        case "embed":
+            from llmcli.operations.evaluate_embed import EmbedTask
+
+            return EmbedTask()
+    raise ConfigError(f"{config.task!r:.40} is measured on text, not on labelled examples", where="task")
 
 
 def fitting_task(inputs: Sequence[str], labelled: LabelledConfig) -> tuple[str, str, tuple[str, ...]] | None:
