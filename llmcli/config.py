@@ -86,6 +86,13 @@ class TokenizerConfig:
         flag="--special-token",
         metavar="TEXT",
     )
+    encoder: bool = setting(
+        False,
+        "For an encoder: [PAD], [UNK], [CLS], [SEP] and [MASK] in place of <|endoftext|>, a text framed by [CLS] and "
+        "[SEP].",
+        group="Tokenizer",
+    )
+    lowercase: bool = setting(False, "Read text in small letters and without accents (wordpiece).", group="Tokenizer")
     min_frequency: int | None = setting(
         None,
         "Pairs (char: characters) that are rarer are left out (default: 2; char: 1).",

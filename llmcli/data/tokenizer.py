@@ -48,7 +48,9 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
 
 
 class TextTokenizer:
-    """A tokenizer. Ids are below `vocab_size`; `bos_id`, `eos_id`, `pad_id`, `unk_id` are None where there is none."""
+    """A tokenizer. Ids are below `vocab_size`; `bos_id`, `eos_id`, `pad_id`, `unk_id` and those of an encoder's frame,
+    `cls_id`, `sep_id`, `mask_id`, are None where there is none.
+    """
 
     def __init__(self, files: TokenizerFiles) -> None:
         self.files = files
@@ -59,9 +61,8 @@ class TextTokenizer:
         added = self._plain.get_added_tokens_decoder()
         self.special_ids = frozenset(identity for identity, token in added.items() if token.special)
         roles = tokenizer_files.role_tokens(files, vocabulary)
-        self.bos_id, self.eos_id, self.pad_id, self.unk_id = (
-            None if token is None else vocabulary[token] for token in (roles[role] for role in tokenizer_files.ROLES)
-        )
+        ids = [None if token is None else vocabulary[token] for token in roles.values()]
+        self.bos_id, self.eos_id, self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
 
     def _open(self, *, parse_special: bool) -> Tokenizer:
         with self._contained("its pattern or model makes the tokenizers library give up", always_quiet=True):

@@ -23,7 +23,8 @@ CONFIG = "tokenizer_config.json"
 SPECIAL_MAP = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 END_OF_TEXT = "<|endoftext|>"
-ROLES = ("bos", "eos", "pad", "unk")
+ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
+_FRAME = ("cls", "sep", "mask")  # an encoder's; one that the vocabulary lacks is no fault of a tokenizer
 
 _LARGEST_FILE = 256 << 20  # bytes; the largest published tokenizer.json have 35 MB
 _LARGEST_ID = 1 << 22  # the largest published vocabularies have 262,144 tokens; tables are as long as the greatest id
@@ -32,6 +33,9 @@ _CUSTOMARY = {
     "eos": (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[SEP]"),
     "bos": ("<s>", "<|begin_of_text|>", "<bos>", "[CLS]"),
     "pad": ("<pad>", "[PAD]"),
+    "cls": ("[CLS]",),
+    "sep": ("[SEP]",),
+    "mask": ("[MASK]", "<mask>"),
 }
 
 
@@ -223,6 +227,9 @@ def role_tokens(files: TokenizerFiles, known: Mapping[str, int]) -> dict[str, st
         if token is None and not files.config:
             token = next((name for name in _CUSTOMARY.get(role, ()) if name in known), None)
         if token is not None and (not isinstance(token, str) or token not in known):
+            if role in _FRAME:
+                found[role] = None
+                continue
             raise DataError(f"the {role} token {token!r} of {CONFIG} is not in the vocabulary", where=files.where)
         found[role] = token
     if found["unk"] is None:

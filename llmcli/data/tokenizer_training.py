@@ -18,6 +18,7 @@ from typing import Any
 from llmcli.config import TokenizerConfig, check
 from llmcli.data import bpe, wordpiece
 from llmcli.data.cores import available_cores
+from llmcli.data.frames import ENCODER_TOKENS, decoder_of, frame
 from llmcli.data.pretokenizer import DEFAULT_PATTERN, UNCASED_PATTERN, Pattern
 from llmcli.data.token_bytes import BYTE_OF, byte_alphabet, from_alphabet
 from llmcli.data.tokenizer import TextTokenizer
@@ -81,13 +82,19 @@ def train(
         raise DataError("there is no text to train a tokenizer on")
     distinct, learn = len(counter.words), _LEARNERS[config.kind]
     content = yield from learn(counter, config, special, pattern)
-    files = TokenizerFiles("", json.dumps(content, ensure_ascii=False, indent=2) + "\n", content, _settings(content))
-    yield Trained(TextTokenizer(files), counter.characters, distinct, counter.thinned)
+    yield Trained(_opened(content, config), counter.characters, distinct, counter.thinned)
 
 
 def special_tokens(config: TokenizerConfig) -> list[str]:
-    """The special tokens in the order of their ids: end of text, the unknown token of kinds that need one, yours."""
-    tokens = [END_OF_TEXT, *([UNKNOWN[config.kind]] if config.kind in UNKNOWN else []), *config.special_tokens]
+    """The special tokens in the order of their ids: end of text, the unknown token of kinds that need one, yours.
+
+    For an encoder its five stand in the place of the end of text: [SEP] ends a document.
+    """
+    if config.lowercase and config.kind != "wordpiece":
+        raise ConfigError("is for wordpiece; the other kinds keep every text as it is", where="lowercase")
+    own = ENCODER_TOKENS | ({"unk": UNKNOWN[config.kind]} if config.kind in UNKNOWN else {})
+    tokens = [END_OF_TEXT, *([UNKNOWN[config.kind]] if config.kind in UNKNOWN else [])]
+    tokens = [*(own.values() if config.encoder else tokens), *config.special_tokens]
     for token in tokens:
         if not token or token != whole_characters(token):
             raise ConfigError("must not be empty, nor hold half a surrogate pair", where="special_tokens")
@@ -163,8 +170,8 @@ def _learn_wordpiece(counter: WordCounter, config: TokenizerConfig, special: lis
             "type": "BertNormalizer",
             "clean_text": True,
             "handle_chinese_chars": True,
-            "strip_accents": False,
-            "lowercase": False,
+            "strip_accents": config.lowercase,
+            "lowercase": config.lowercase,
         },
         # Numbers in groups of three, as in the pattern that counted, whose other cuts BERT's rules make anyway.
         "pre_tokenizer": {
@@ -247,8 +254,7 @@ def _train_characters(
         "merges": [],
     }
     content = _content(model, enumerate(special), decoder={"type": "Fuse"})
-    files = TokenizerFiles("", json.dumps(content, ensure_ascii=False, indent=2) + "\n", content, _settings(content))
-    yield Trained(TextTokenizer(files), characters, len(counts), 0)
+    yield Trained(_opened(content, config), characters, len(counts), 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -290,18 +296,22 @@ def _content(
     }
 
 
-def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of tokenizer_config.json."""
-    return {
+def _opened(content: dict[str, Any], config: TokenizerConfig) -> TextTokenizer:
+    """The tokenizer of a tokenizer.json, which for an encoder gets its frame."""
+    roles: dict[str, str | None] = {"bos": None, "eos": END_OF_TEXT, "pad": END_OF_TEXT}
+    if config.encoder:
+        ids = {token["content"]: token["id"] for token in content["added_tokens"]}
+        content["post_processor"] = frame(
+            *((ENCODER_TOKENS[role], ids[ENCODER_TOKENS[role]]) for role in ("cls", "sep"))
+        )
+        roles = {"bos": None, "eos": ENCODER_TOKENS["sep"], **ENCODER_TOKENS}
+    roles["unk"] = content["model"].get("unk_token") or roles.get("unk")
+    settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": _NO_LIMIT,
-        "bos_token": None,
-        "eos_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,
-        "unk_token": content["model"].get("unk_token"),
+        **{f"{role}_token": token for role, token in roles.items()},
         "clean_up_tokenization_spaces": False,
-        "added_tokens_decoder": {
-            str(token["id"]): {key: value for key, value in token.items() if key != "id"}
-            for token in content["added_tokens"]
-        },
+        "added_tokens_decoder": decoder_of(content),
     }
+    text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    return TextTokenizer(TokenizerFiles("", text, content, settings))
