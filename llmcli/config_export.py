@@ -22,8 +22,9 @@ class ExportConfig:
         "auto",
         "How codes are chosen: round; search: scales of the least error; calibrated: the least error on text; "
         "sequential: block after block against the float model, the best and slowest; weight-only: int8 whose "
-        "activations stay unquantized between rows; auto: round, and int8 keeps the most sensitive products in blocks "
-        "where the check finds more than 0.5 % of perplexity lost.",
+        "activations stay unquantized between rows; auto: for int4 sequential (with --prefill int8 and above "
+        "100 M weights calibrated) where --calibration is given, else search (above 100 M round); for int8 round, with "
+        "the most sensitive products in blocks where the check finds more than 0.5 % of perplexity lost.",
         group="Export",
         choices=("auto", "round", "search", "calibrated", "sequential", "weight-only"),
     )
@@ -36,7 +37,8 @@ class ExportConfig:
     )
     calibration: str | None = setting(
         None,
-        "Text, or a corpus (its held-out part), to measure the quantized model on (default: text that Python brings).",
+        "Text, or a corpus (its held-out part), to choose codes by and to measure the quantized model on (default: "
+        "text that Python brings).",
         group="Export",
         metavar="PATH",
     )

@@ -25,7 +25,7 @@ from test_onnx_session import make_model as make_bare
 from llmcli.config import ExportConfig, GenerateConfig, SamplingConfig
 from llmcli.errors import CheckError, ConfigError, DataError
 from llmcli.models.folder import load_config, load_model
-from llmcli.operations.export import ExportReport, export
+from llmcli.operations.export import ExportReport, export, settle
 from llmcli.operations.generate import Generated, generate
 from llmcli.operations.inspect import describe
 from llmcli.operations.verify import verify
@@ -244,6 +244,23 @@ def test_every_quantizer_makes_a_folder_that_passes_the_gate(
     assert report.checks.perplexity_after > 1
     assert verify(tmp_path / "out").problems == ()
     assert json.loads((tmp_path / "out" / "export.json").read_text())["settings"]["quantizer"] == quantizer
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights", "chosen"),
+    [
+        ({}, 15_000_000, "search"),
+        ({}, 1_100_000_000, "round"),
+        ({"calibration": "text"}, 15_000_000, "sequential"),
+        ({"calibration": "text", "prefill": "int8"}, 15_000_000, "calibrated"),
+        ({"calibration": "text"}, 1_100_000_000, "calibrated"),
+        ({"calibration": "text", "quantizer": "round"}, 15_000_000, "round"),
+        ({"calibration": "text", "precision": "int8"}, 15_000_000, "auto"),
+        ({"target": "portable"}, 15_000_000, "auto"),
+    ],
+)
+def test_auto_takes_the_best_quantizer_that_ends_in_minutes(settings: Any, weights: int, chosen: str) -> None:
+    assert settle(ExportConfig(**settings), weights).quantizer == chosen
 
 
 def test_better_quantizers_are_better_on_a_model_that_learned_something(stories: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Invariant: the output place holds a folder that passed its checks, or what it he
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from llmcli.errors import CheckError, ConfigError, DataError
 from llmcli.files.artefacts import has_manifest, read_json, resolve_model, size_of
 from llmcli.files.atomic import refuse_existing, staged_folder, write_file, write_json
 from llmcli.files.manifest import read_manifest, sha256_of, versions, write_manifest
-from llmcli.files.tensors import weight_files
+from llmcli.files.tensors import tensors_of, weight_files
 from llmcli.models.config import DecoderConfig, read_config
 from llmcli.models.labels import is_classifier, labels_of
 from llmcli.operations.export_text import ReferenceText
@@ -38,6 +39,7 @@ _CALIBRATED = 8192  # tokens
 _COMMON = 0.25
 # The products whose inputs reach furthest above the rest: in int8 with one scale for all of them these lose most.
 _SENSITIVE = ("mlp.down_proj", "mlp.c_proj")
+_PATIENCE = 100_000_000  # weights up to which int4 is searched for by itself: minutes, not hours
 # Percent of perplexity, or of a classifier's labels: int8 that costs more keeps the sensitive matrices in blocks.
 _LITTLE = 0.5
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -84,6 +86,7 @@ def export(
         raise DataError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {shape.vocab_size}", where=str(folder)
         )
+    config = settle(config, sum(math.prod(entry.shape) for entry in tensors_of(folder).values()))
     plan = plan_of(config, labelled=labels is not None)
     reference: ReferenceText | None = None
     if config.check or plan.quantizer.needs_moments or config.quantizer == "sequential":
@@ -163,6 +166,18 @@ def _exported(
         write_json(staged / REPORT, {"settings": dataclasses.asdict(config), "matrices": figures.kinds, **content})
         write_manifest(staged, _lineage(folder, source.tokenizer))
     return report
+
+
+def settle(config: ExportConfig, weights: int) -> ExportConfig:
+    """int4's `auto` quantizer by name: the better ones where their time is well spent. `weights`: their number."""
+    if (config.precision, config.quantizer, config.target) != ("int4", "auto", "ort"):
+        return config
+    small = weights <= _PATIENCE
+    if config.calibration is None:
+        chosen = "search" if small else "round"
+    else:
+        chosen = "sequential" if small and config.prefill == "same" else "calibrated"
+    return dataclasses.replace(config, quantizer=chosen)
 
 
 def plan_of(config: ExportConfig, *, labelled: bool = False) -> Plan:

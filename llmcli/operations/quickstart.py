@@ -222,7 +222,7 @@ def _exported(
     model: Path, corpus: Path, output: Path, done: Callable[..., StageDone]
 ) -> Iterator[Progress | StageDone]:
     """The int4 folder, checked on the text that was held out."""
-    for record in export(model, output, ExportConfig(precision="int4", calibration=str(corpus))):
+    for record in export(model, output, ExportConfig(precision="int4", quantizer="search", calibration=str(corpus))):
         if isinstance(record, ExportReport):
             yield done("export", output, **_export_figures(record))
         else:
