@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Up to this many positions the probabilities of a layer are kept for the backward pass on the CPU: there the fused
-# kernel's backward runs at 100 GFLOP/s, plain products at 400 (docs/log.md, "Pretraining speed").
+# Up to this many positions compiled training on the CPU keeps the probabilities of a layer for the backward pass: the
+# fused kernel's backward runs at 100 GFLOP/s, plain products at 400. Uncompiled, the passes between those products cost
+# more than that wins (docs/log.md, "Pretraining speed" and "Fine-tuning speed").
 EXPLICIT_POSITIONS = 1024
 
 
@@ -207,7 +208,7 @@ def adapted(x: Tensor, *maps: Linear | Conv1D) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(QK^T / sqrt(D)) V. query (B, H, T, D); key, value (B, K, S, D); mask (B, 1, T, S) or None for causal."""
     whole = mask is None and query.size(2) == key.size(2) <= EXPLICIT_POSITIONS
-    if whole and torch.is_grad_enabled() and query.device.type == "cpu":
+    if whole and torch.is_grad_enabled() and query.device.type == "cpu" and torch.compiler.is_compiling():
         return _explicit(query, key, value)
     grouped = query.size(1) != key.size(1)
     causal = mask is None and query.size(2) > 1
