@@ -26,7 +26,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def run_llmcli(*words: object, environment: dict[str, str] | None = None, **details: object) -> object:
-    """Runs `llmcli` in a child process, with no configuration of the caller's."""
+    """Runs `llmcli` as a user does, from Python's start, with no configuration of the caller's."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("LLMCLI_")}
     settings: dict[str, object] = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "timeout": 120}
     return subprocess.run(
@@ -38,7 +38,15 @@ def run_llmcli(*words: object, environment: dict[str, str] | None = None, **deta
 
 @pytest.fixture
 def llmcli() -> Run:
-    """The command `llmcli`, run in a child process."""
+    """The command `llmcli`, run in a child process that has torch loaded."""
+    from forked import completed
+
+    return completed
+
+
+@pytest.fixture
+def fresh_llmcli() -> Run:
+    """The command `llmcli`, run in a child process from Python's start."""
     return run_llmcli  # type: ignore[return-value]
 
 

@@ -1,7 +1,8 @@
 """Commands in child processes that have torch loaded already: a life begins in a tenth of a second instead of three.
 
 A child is forked from a server that has only imported; it has a process group, signals, limits and streams of its own,
-and runs the command by its entry point, to its exit code.
+and runs the command by its entry point, to its exit code. What a test asks of a process's own start (its imports, its
+arguments' bytes, its hash seed, a terminal) it asks of `conftest.run_llmcli`.
 """
 
 from __future__ import annotations
@@ -12,23 +13,38 @@ import multiprocessing.forkserver
 import os
 import resource
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from conftest import ROOT
-
+ROOT = Path(__file__).resolve().parent.parent
 WAIT = 60.0  # seconds; never measured, only the end of hope
-LOADED = ("torch", "torch._dynamo", "rich.live", "rich.progress", "safetensors.torch", "llmcli.operations.pretrain")
+PIPED = 65536  # bytes; what a pipe holds, so that the child itself can fill its own
+LOADED = (
+    "torch",
+    "torch._dynamo",
+    "rich.live",
+    "rich.progress",
+    "safetensors.torch",
+    "tokenizers",
+    "onnxruntime",
+    "llmcli.cli.main",
+    "llmcli.operations.pretrain",
+    "forked",
+)
+_STREAMS = tempfile.TemporaryDirectory(prefix="llmcli-lives-")
 
 
 def server() -> multiprocessing.context.ForkServerContext:
-    """The server, started with the checkout's package in its path."""
+    """The server, started with the checkout's package and its tests in its path."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(LOADED))
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
@@ -38,16 +54,29 @@ def server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _live(words: list[str], cwd: str, environment: dict[str, str], streams: tuple[str, str], limit: int | None) -> None:
+def _live(
+    words: list[str],
+    cwd: str,
+    environment: dict[str, str],
+    streams: tuple[str, str, str],
+    piped: bytes | None,
+    limit: int | None,
+) -> None:
     """What the child does."""
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    for number, path in enumerate((os.devnull, *streams)):
+    for number, path in enumerate(streams):
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND if number else os.O_RDONLY, 0o666)
         os.dup2(handle, number)
         os.close(handle)
+    if piped is not None:
+        reading, writing = os.pipe()
+        os.write(writing, piped)
+        os.close(writing)
+        os.dup2(reading, 0)
+        os.close(reading)
     encoding = environment.get("PYTHONIOENCODING", "utf-8")
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
@@ -72,17 +101,21 @@ class Life:
         cwd: Path,
         environment: dict[str, str] | None = None,
         limit: int | None = None,
+        piped: bytes | None = None,
+        stdin: str | None = None,
         stdout: str | None = None,
         stderr: str | None = None,
     ) -> None:
-        """`limit`: bytes that a file may grow to; `stdout`, `stderr`: devices that take the place of files."""
+        """`limit`: bytes that a file may grow to; `piped`: what comes through a pipe into stdin; `stdin`, `stdout`,
+        `stderr`: files or devices that take the place of /dev/null and of the files that are read afterwards."""
+        assert piped is None or (stdin is None and len(piped) <= PIPED)
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("LLMCLI_", "PYTEST_"))}
         for name in ("CI", "NO_COLOR", "TERM"):
             kept.pop(name, None)
-        self.out, self.err = (cwd.parent / f"{cwd.name}-{os.urandom(6).hex()}.{name}" for name in ("out", "err"))
-        streams = (stdout or str(self.out), stderr or str(self.err))
+        self.out, self.err = (Path(_STREAMS.name, f"{os.urandom(6).hex()}.{name}") for name in ("out", "err"))
+        streams = (stdin or os.devnull, stdout or str(self.out), stderr or str(self.err))
         settings = {**kept, "PYTHONPATH": str(ROOT), **(environment or {})}
-        arguments = (list(map(str, words)), str(cwd), settings, streams, limit)
+        arguments = (list(map(str, words)), str(cwd), settings, streams, piped, limit)
         self.process = server().Process(target=_live, args=arguments, daemon=True)
         self.process.start()
 
@@ -123,6 +156,19 @@ def run(*words: object, cwd: Path, code: int | None = 0, **details: object) -> L
     found = life.wait()
     assert code is None or found == code, (found, life.stderr)
     return life
+
+
+def completed(
+    *words: object, cwd: Path | None = None, input: str | bytes | None = None, text: bool = True, **details: Any
+) -> subprocess.CompletedProcess[Any]:
+    """A life to its end, as `subprocess.run` would tell of it; bytes where `text` is false."""
+    piped = input.encode() if isinstance(input, str) else input
+    life = Life(*words, cwd=cwd or Path.cwd(), piped=piped, **details)
+    code = life.wait()
+    out, err = (path.read_bytes() if path.exists() else b"" for path in (life.out, life.err))
+    if text:
+        return subprocess.CompletedProcess(words, code, out.decode(), err.decode())
+    return subprocess.CompletedProcess(words, code, out, err)
 
 
 def until(happened: Callable[[], object], life: Life | None = None) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from conftest import Run, run_llmcli
+from conftest import Run
+from forked import completed
 from small_model import make_model, make_seven
 
 from llmcli.cli.main import main
@@ -33,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def int8(model: Path) -> Path:
     """Its graph in int8."""
     place = model.parent / "int8"
-    ended: Any = run_llmcli("export", model, "-o", place, "--precision", "int8", "--no-check")
+    ended: Any = completed("export", model, "-o", place, "--precision", "int8", "--no-check")
     assert ended.returncode == 0, ended.stderr
     return place
 

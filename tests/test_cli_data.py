@@ -101,7 +101,7 @@ def test_the_whole_command_in_a_process(place: Path, llmcli: Run) -> None:
     notes(place)
     lines = [{"text": line} for line in (place / "notes.txt").read_text().splitlines()]
     piped = "".join(json.dumps(line) + "\n" for line in lines)
-    done = llmcli("data", "prepare", "-", *PREPARE, "--json", cwd=place, input=piped, stdin=None)
+    done = llmcli("data", "prepare", "-", *PREPARE, "--json", cwd=place, input=piped)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["train_documents"] > 150
     assert sorted(path.name for path in place.iterdir()) == ["corpus", "notes.txt", "tokenizer"]

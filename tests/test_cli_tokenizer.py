@@ -162,7 +162,7 @@ def test_an_endless_input_is_read_no_further_than_needed(tmp_path: Path, monkeyp
     "text", ["Hello world\n", "  two  spaces \t\r\n\r\n", "\n", "no end", "é中👩\u0000\u2028x", ""]
 )
 def test_not_a_byte_of_stdin_is_lost(llmcli: Run, folder: Path, text: str) -> None:
-    options = {"text": False, "stdin": None}
+    options = {"text": False}
     encoded = llmcli("tokenizer", "encode", "-t", folder / "bpe", input=text.encode(), **options)
     assert encoded.returncode == 0, encoded.stderr
     assert encoded.stdout.decode() == " ".join(map(str, load_tokenizer(folder / "bpe").encode(text))) + "\n"
@@ -257,7 +257,7 @@ def test_ids_are_parsed_wherever_they_stand() -> None:
 
 
 def test_bytes_that_are_no_utf8_are_named_by_their_place(llmcli: Run, folder: Path) -> None:
-    ended = llmcli("tokenizer", "encode", "-t", folder / "bpe", input=b"good\nb\xffd", text=False, stdin=None)
+    ended = llmcli("tokenizer", "encode", "-t", folder / "bpe", input=b"good\nb\xffd", text=False)
     assert ended.returncode == 2
     assert b"<stdin>:2:byte 6" in ended.stderr
     assert ended.stdout == b""

@@ -164,7 +164,7 @@ def test_the_command_shows_a_table_or_json(llmcli: Run, model: Path, tmp_path: P
     assert shown.returncode == 0, shown.stderr
     assert "bits/byte  (95 %:" in shown.stdout
     assert "2 documents" in shown.stdout
-    found = json.loads(llmcli("evaluate", model, "-", "--threads", 1, "--json", stdin=None, input=TEXT).stdout)
+    found = json.loads(llmcli("evaluate", model, "-", "--threads", 1, "--json", input=TEXT).stdout)
     assert set(found["metrics"]) == set(found["intervals"]) == {"loss", "bits_per_byte", "perplexity"}
     assert found["task"] == "lm"
     wrong = llmcli("evaluate", model, "nothing.txt", "--json", cwd=tmp_path)

@@ -479,7 +479,7 @@ def test_piped_text_and_arguments_are_one_prompt(small: Path, words: list[str], 
 
 
 def test_a_real_pipe_is_read(small: Path, llmcli: Run) -> None:
-    found = llmcli("generate", "-m", small, "--json", "--temp", 0, "--max-tokens", 3, "end", stdin=None, input="The\n")
+    found = llmcli("generate", "-m", small, "--json", "--temp", 0, "--max-tokens", 3, "end", input="The\n")
     assert json.loads(found.stdout)["text"] == ran(small, "The\nend", max_new_tokens=3)[0][0].text
     assert found.stderr == ""
 

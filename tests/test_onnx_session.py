@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_llmcli
+from forked import completed
 
 from llmcli.errors import DataError, UsageError
 from llmcli.models.config import DecoderConfig
@@ -306,7 +306,7 @@ def test_running_a_folder_never_imports_torch(tmp_path: Path) -> None:
     from small_tokenizer import make_tokenizer
 
     model = make_small(tmp_path / "model", make_tokenizer(tmp_path / "tokenizer"))
-    ended: Any = run_llmcli("export", model, "-o", tmp_path / "onnx", "--precision", "fp32", "--no-check")
+    ended: Any = completed("export", model, "-o", tmp_path / "onnx", "--precision", "fp32", "--no-check")
     assert ended.returncode == 0, ended.stderr
     script = (
         "import sys\n"

@@ -22,7 +22,7 @@ TEXT = "The function returns a list. The function takes a tuple, and the list is
 
 def test_a_users_file_becomes_a_model_that_writes(llmcli: Run, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text(TEXT)
-    done = llmcli("quickstart", "notes.txt", "-o", "first", "--seconds", 5, cwd=tmp_path, timeout=300)
+    done = llmcli("quickstart", "notes.txt", "-o", "first", "--seconds", 5, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for stage in (*STAGES[:4], "chat", "export"):
         assert f"\n{stage} " in done.stdout
@@ -43,7 +43,7 @@ def test_a_users_file_becomes_a_model_that_writes(llmcli: Run, tmp_path: Path) -
 def test_as_json_it_is_a_record_a_stage_and_an_output_that_exists_is_refused(llmcli: Run, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text(TEXT)
     words = ("quickstart", "notes.txt", "-o", "first", "--seconds", 5, "--json")
-    done = llmcli(*words, cwd=tmp_path, timeout=300)
+    done = llmcli(*words, cwd=tmp_path)
     records = [json.loads(line) for line in done.stdout.splitlines()]
     assert [record["stage"] for record in records] == STAGES
     assert all(set(record) == {"stage", "seconds", "made", "figures"} for record in records)

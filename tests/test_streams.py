@@ -198,9 +198,9 @@ def test_printable_keeps_newlines_and_tabs_of_the_controls(text: str) -> None:
     assert printable(kept) == kept
 
 
-def test_a_console_that_is_not_utf8_gets_no_traceback(llmcli: Run) -> None:
+def test_a_console_that_is_not_utf8_gets_no_traceback(fresh_llmcli: Run) -> None:
     for encoding in ("ascii", "cp1252"):
-        ended = llmcli(
+        ended = fresh_llmcli(
             "info", "naïve-字", environment={"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}, encoding=encoding
         )
         assert ended.returncode == 2
@@ -234,12 +234,12 @@ def test_wrong_usage_is_one_line_and_exit_2(llmcli: Run, words: list[str], told:
     assert ended.stderr.count("\n") == 1
 
 
-def test_version_and_help_are_results(llmcli: Run) -> None:
+def test_version_and_help_are_results(fresh_llmcli: Run) -> None:
     from llmcli import __version__
 
-    assert llmcli("--version").stdout == f"llmcli {__version__}\n"
-    assert llmcli("-h").stdout == llmcli("--help").stdout
-    bare = llmcli()
+    assert fresh_llmcli("--version").stdout == f"llmcli {__version__}\n"
+    assert fresh_llmcli("-h").stdout == fresh_llmcli("--help").stdout
+    bare = fresh_llmcli()
     assert bare.returncode == 2
     assert "Usage:" in bare.stderr + bare.stdout
 
