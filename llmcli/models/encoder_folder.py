@@ -167,7 +167,7 @@ def load_encoder(
 
 def encoder_labels(folder: Path) -> list[str]:
     """The labels of a classifier's folder; where config.json names none, as transformers calls them: LABEL_0, ..."""
-    from llmcli.models.classifier import labels_of
+    from llmcli.models.labels import labels_of
 
     values = read_json(folder / CONFIG)
     if values.get("id2label") is not None:
