@@ -50,6 +50,12 @@ def fresh_llmcli() -> Run:
     return run_llmcli  # type: ignore[return-value]
 
 
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits for the disk: for tests that do not cut the power."""
+    monkeypatch.setattr(os, "fsync", lambda _handle: None)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Torch on one thread: tiny products gain nothing by more, and on a busy machine each waits for the other."""

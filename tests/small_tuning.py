@@ -61,6 +61,19 @@ def reviews(path: Path, count: int = 40, seed: int = 0) -> Path:
     return path
 
 
+def pairs(path: Path, count: int = 24, seed: int = 0) -> Path:
+    """Prompts with two answers: the right sum is the better one."""
+    drawn = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        a, b = drawn.randint(1, 99), drawn.randint(1, 99)
+        lines.append(
+            json.dumps({"prompt": f"{a}+{b}?", "chosen": f"{a + b}", "rejected": f"no idea {drawn.randint(1, 9)}"})
+        )
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 def go(task: str, base: Path, data: Path | list[str], at: Path, *settings: Any, **details: Any) -> list[TrainingEvent]:
     """A whole run; its training events."""
     files = [str(data)] if isinstance(data, Path) else data

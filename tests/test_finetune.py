@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,7 @@ from llmcli.operations.task_classify import ClassifyTask
 from llmcli.operations.verify import verify
 from llmcli.training.packing import ExampleOrder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here cuts the power, so nothing waits for the disk."""
-    monkeypatch.setattr(os, "fsync", lambda _handle: None)
+pytestmark = pytest.mark.usefixtures("one_thread", "no_waiting")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,9 @@ from llmcli.operations.generate import Generated, generate
 from llmcli.operations.merge import merge as merge_folders
 from llmcli.runtime.open import open_session
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_waiting")
 LORA = LoraConfig(lora=True, lora_rank=2)
 NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here cuts the power, so nothing waits for the disk."""
-    monkeypatch.setattr(os, "fsync", lambda _handle: None)
 
 
 @pytest.fixture(scope="module")

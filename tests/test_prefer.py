@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_run import fingerprint, metrics
-from small_tuning import go, make_base, tiny, until_step
+from small_tuning import go, make_base, pairs, tiny, until_step
 
 from llmcli.config import LabelledConfig, LoraConfig, PreferTuneConfig
 from llmcli.data.examples import PreferenceExample
@@ -27,13 +25,7 @@ from llmcli.operations.task_prefer import PairRow, PreferTask
 from llmcli.training import losses
 from llmcli.training.losses import log_probabilities
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here cuts the power, so nothing waits for the disk."""
-    monkeypatch.setattr(os, "fsync", lambda _handle: None)
+pytestmark = pytest.mark.usefixtures("one_thread", "no_waiting")
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +36,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def data(base: Path) -> Path:
     return pairs(base.with_name("pairs.jsonl"))
-
-
-def pairs(path: Path, count: int = 24, seed: int = 0) -> Path:
-    """The right sum is the better answer."""
-    drawn = random.Random(seed)
-    lines = []
-    for _ in range(count):
-        a, b = drawn.randint(1, 99), drawn.randint(1, 99)
-        lines.append(
-            json.dumps({"prompt": f"{a}+{b}?", "chosen": f"{a + b}", "rejected": f"no idea {drawn.randint(1, 9)}"})
-        )
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 def example(prompt: str, chosen: str, rejected: str, where: str = "x:1") -> PreferenceExample:
