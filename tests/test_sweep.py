@@ -10,24 +10,19 @@ from typing import Any
 
 import forked
 import pytest
-from small_tuning import SETTINGS, make_base, reviews, sums, tiny
+from small_tuning import SETTINGS, make_base, pairs, reviews, sums, tiny
 
-from llmcli.config import ClassifyTuneConfig, FinetuneConfig, LabelledConfig, LoraConfig, SweepConfig
+from llmcli.config import ClassifyTuneConfig, FinetuneConfig, LabelledConfig, LoraConfig, PreferTuneConfig, SweepConfig
 from llmcli.errors import ConfigError, LlmcliError, UsageError
 from llmcli.operations.find_rate import FoundRate, find_rate, steepest
 from llmcli.operations.finetune import finetune
-from llmcli.operations.sweep import SweepEnd, TrialStarted, sweep
-from llmcli.operations.sweep_trials import combinations
+from llmcli.operations.plot import read_curves
+from llmcli.operations.sweep import SweepEnd, TrialStarted, plan_sweep, sweep
+from llmcli.operations.sweep_trials import change_the_loss, combinations
 from llmcli.operations.verify import verify
 from llmcli.training.loop import TrainingEvent
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here cuts the power, so nothing waits for the disk."""
-    monkeypatch.setattr(os, "fsync", lambda _handle: None)
+pytestmark = pytest.mark.usefixtures("one_thread", "no_waiting")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +39,7 @@ def swept(base: Path, data: Path, run: Path, *tried: str, method: str = "grid", 
     config = details.pop("config", None) or tiny(max_steps=4)
     asked = SweepConfig(sweep=tried, sweep_method=method)
     task = details.pop("task", "classify")
-    own = ClassifyTuneConfig() if task == "classify" else None
+    own = {"classify": ClassifyTuneConfig(), "prefer": PreferTuneConfig()}.get(task)
     settings = (config, LoraConfig(), LabelledConfig(), own, asked)
     return list(sweep(task, base, str(data), run, *settings, **details))
 
@@ -76,6 +71,9 @@ def test_a_grid_runs_every_combination_and_keeps_the_best(tmp_path: Path, base: 
     assert tensors(run / "model") == tensors(best / "model")
     assert list(verify(run).problems) == []
     assert (run / "sweep.svg").read_text().count("validation") >= 4
+    curves = read_curves([run])
+    assert [Path(curve.run).name for curve in curves] == sorted(trial.name for trial in end.trials)
+    assert all(len(curve.training) == 4 and curve.validation for curve in curves)
     alone = tmp_path / "alone"  # a trial is the run that it would be by itself
     config = tiny(max_steps=4, **end.trials[0].settings)
     list(finetune("classify", base, str(data), alone, config, LoraConfig(), LabelledConfig(), ClassifyTuneConfig()))
@@ -124,6 +122,34 @@ def test_halving_stops_the_worse_early_and_the_rest_runs_to_its_end(tmp_path: Pa
     config = tiny(max_steps=8, **whole.settings)
     list(finetune("chat", base, str(data), alone, config))
     assert tensors(alone / "model") == tensors(tmp_path / "run" / "model")
+
+
+@pytest.mark.parametrize("method", ["grid", "halving"])
+def test_settings_that_change_the_loss_are_judged_by_accuracy_alone(tmp_path: Path, base: Path, method: str) -> None:
+    data = pairs(tmp_path / "pairs.jsonl")
+    end = swept(base, data, tmp_path / "run", "beta=0.001,10", task="prefer", method=method)[-1]
+    assert end.trials[0].state == "done"
+    for trial in end.trials:
+        assert trial.halts
+        assert {halt[1] for halt in trial.halts} == {0.0}
+        assert trial.criterion == -trial.figures["accuracy"]
+    own: list[Any] = [FinetuneConfig(), LoraConfig(), LabelledConfig(), PreferTuneConfig()]
+    for tried, unlike in ((("beta=0.1", "lr=1,2"), False), (("label_smoothing=0,0.1", "lr=1,2"), True)):
+        assert change_the_loss(combinations(SweepConfig(sweep=tried), own)) is unlike
+
+
+def test_the_plan_of_a_sweep_names_its_trials_and_writes_nothing(tmp_path: Path, base: Path, data: Path) -> None:
+    asked = SweepConfig(sweep=("batch_size=4,8", "epochs=1,2"), sweep_method="halving")
+    config = tiny(max_steps=None)
+    settings = (config, LoraConfig(), LabelledConfig(), ClassifyTuneConfig())
+    plan = plan_sweep("classify", base, str(data), *settings, asked)
+    assert [(trial.settings["batch_size"], trial.steps) for trial in plan.trials] == [(4, 9), (4, 18), (8, 5), (8, 9)]
+    assert plan.shares == (0.25, 0.5, 1.0)
+    assert plan.first.plan.steps == 9
+    with pytest.raises(ConfigError, match="held out"):
+        plan_sweep("classify", base, str(data), tiny(val_split=0.0), *settings[1:], asked)
+    with pytest.raises(ConfigError, match="did you mean"):
+        plan_sweep("classify", base, str(data), *settings, SweepConfig(sweep=("batch_sise=2",)))
 
 
 def test_a_trial_whose_loss_is_not_finite_does_not_end_the_sweep(tmp_path: Path, base: Path, data: Path) -> None:
@@ -220,6 +246,11 @@ def test_the_command_prints_the_table_and_the_rate(tmp_path: Path, base: Path) -
     sums(place / "sums.jsonl")
     words = [w for name, value in {**SETTINGS, "max_steps": 2}.items() for w in (f"--{name.replace('_', '-')}", value)]
     line = ["finetune", "chat", str(base), "sums.jsonl", "-o", "run", *map(str, words)]
+    plan = forked.run(*line, "--sweep", "batch_size=4,8", "--dry-run", cwd=place).stdout.splitlines()
+    assert plan[0] == "trials     2, one after another"
+    assert [row.split() for row in plan[1:3]] == [["batch_size=4", "2", "steps"], ["batch_size=8", "2", "steps"]]
+    assert any(row.startswith("memory") for row in plan)
+    assert not (place / "run").exists()
     found = forked.run(*line, "--sweep", "batch_size=4,8", "--json", cwd=place)
     records = [json.loads(each) for each in found.stdout.splitlines()]
     assert records[-1]["event"] == "sweep"

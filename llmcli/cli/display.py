@@ -17,6 +17,7 @@ from llmcli.cli.chart import sparkline
 from llmcli.cli.info import counted, size
 from llmcli.cli.options import is_json, is_quiet
 from llmcli.cli.streams import notice
+from llmcli.config import PretrainConfig
 
 if TYPE_CHECKING:
     from llmcli.operations.records import Progress
@@ -119,7 +120,9 @@ def plan_lines(started: Started) -> list[str]:
 
 
 @contextlib.contextmanager
-def training(stopping: Callable[[], bool] = lambda: False) -> Iterator[Callable[[TrainingEvent], None]]:
+def training(
+    started: Started, stopping: Callable[[], bool] = lambda: False
+) -> Iterator[Callable[[TrainingEvent], None]]:
     """Shows training: a live panel on a terminal, else a line an interval and one a validation.
 
     `stopping`: whether the end was asked for, which the panel says at once.
@@ -129,7 +132,7 @@ def training(stopping: Callable[[], bool] = lambda: False) -> Iterator[Callable[
         return
     from rich.live import Live
 
-    panel = _Panel(stopping)
+    panel = _Panel(stopping, "pretraining" if isinstance(started.settings, PretrainConfig) else "fine-tuning")
     with Live(panel, console=_console(), refresh_per_second=4, transient=True, redirect_stdout=False) as live:
 
         def show(event: TrainingEvent) -> None:
@@ -181,8 +184,8 @@ def _plain_training() -> Callable[[TrainingEvent], None]:
 class _Panel:
     """The live panel: figures and a small curve, from the events so far."""
 
-    def __init__(self, stopping: Callable[[], bool]) -> None:
-        self.stopping = stopping
+    def __init__(self, stopping: Callable[[], bool], title: str = "training") -> None:
+        self.stopping, self.title = stopping, title
         self.utf8 = is_utf8()  # asked before the display puts something of its own in stderr's place
         self.step: TrainingEvent | None = None
         self.validation: TrainingEvent | None = None
@@ -225,7 +228,7 @@ class _Panel:
             table.add_row(*(Text(word) for pair in pairs[first : first + beside] for word in pair))
         curve = sparkline(self.losses, min(60, width - 4), utf8=self.utf8)
         body = Group(table, Text("curve"), Text(curve)) if pairs else Text("preparing the first step")
-        title = "saving the work; Ctrl-C once more stops at once" if self.stopping() else "pretraining"
+        title = "saving the work; Ctrl-C once more stops at once" if self.stopping() else self.title
         return Panel(body, title=title, box=box.ROUNDED if self.utf8 else box.ASCII, width=width)
 
     def _pairs(self) -> list[tuple[str, str]]:

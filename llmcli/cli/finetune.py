@@ -9,7 +9,7 @@ import click
 
 from llmcli.cli.options import HELP, GroupedCommand, settings, shared_options
 from llmcli.cli.running import Signals, given_names, run_options, shown, tell_end, tell_plan
-from llmcli.cli.search import is_sweep, search_options, show_rate, show_sweep
+from llmcli.cli.search import is_sweep, search_options, show_rate, show_sweep, tell_sweep
 from llmcli.config import ClassifyTuneConfig, FinetuneConfig, LabelledConfig, LoraConfig, PreferTuneConfig, SweepConfig
 from llmcli.errors import UsageError
 
@@ -136,6 +136,11 @@ def _run(
         from llmcli.operations.find_rate import find_rate
 
         show_rate(find_rate(task, model, data, run, *asked, steps=find_lr_steps, stopping=signals), signals)
+        return
+    if dry_run and sweep_config.sweep:
+        from llmcli.operations.sweep import plan_sweep
+
+        tell_sweep(plan_sweep(task, model, data, *asked, sweep_config))
         return
     if dry_run:
         tell_plan(plan_finetuning(task, model, data, *asked))

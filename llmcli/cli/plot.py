@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @overwrite_option
 @shared_options
 def plot(runs: tuple[str, ...], output: str | None, x: str, y: str, overwrite: bool) -> None:
-    """Draw the loss curves of runs.
+    """Draw the loss curves of runs; of a sweep, of each of its trials.
 
     In the terminal, or with -o as an image (needs the extra [plot]).
 

@@ -50,7 +50,7 @@ def quickstart(inputs: tuple[str, ...], output: str, seconds: float, seed: int, 
             if isinstance(record, Started):
                 trained = True
                 stack.close()
-                show = stack.enter_context(training())
+                show = stack.enter_context(training(record))
             elif isinstance(record, TrainingEvent | Progress):
                 show(record)
                 if record.__class__ is TrainingEvent and record.event == "end":

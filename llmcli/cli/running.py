@@ -141,7 +141,7 @@ def shown(work: Generator[Any, None, None], signals: Signals) -> TrainingEvent:
                 resumed = [] if record.resumed_from is None else [f"resumed    from step {record.resumed_from:,}"]
                 for line in (*record.notices, *plan_lines(record), *resumed):
                     signals.shown(notice, line)
-                show = stack.enter_context(training(signals))
+                show = stack.enter_context(training(record, signals))
             elif isinstance(record, TrainingEvent):
                 last = record
                 if is_json():

@@ -16,7 +16,7 @@ from llmcli.cli.running import Signals
 from llmcli.cli.streams import notice, write_json, write_out
 
 if TYPE_CHECKING:
-    from llmcli.operations.sweep import Trial, TrialStarted
+    from llmcli.operations.sweep import SweepPlan, Trial, TrialStarted
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -70,6 +70,21 @@ def show_rate(work: Iterator[Any], signals: Signals) -> None:
     )
 
 
+def tell_sweep(planned: SweepPlan) -> None:
+    """What --dry-run prints of a sweep: the grid, and the plan of the first trial."""
+    if is_json():
+        trials = [dataclasses.asdict(trial) for trial in planned.trials]
+        plan = planned.first.plan
+        first = {**dataclasses.asdict(plan), "memory_bytes": plan.memory_bytes}
+        write_json({"trials": trials, "shares": list(planned.shares), "plan": first})
+        return
+    halts = ", ".join(f"{share:.0%}" for share in planned.shares[:-1])
+    told = f"; after {halts} of their length the worse half stops" if halts else ""
+    lines = [f"trials     {len(planned.trials)}, one after another{told}"]
+    lines += _aligned([[each.name, "" if each.steps is None else f"{each.steps:,} steps"] for each in planned.trials])
+    write_out("\n".join([*lines, "the first one:", *plan_lines(planned.first)]) + "\n")
+
+
 def show_sweep(work: Generator[Any, None, None], signals: Signals) -> None:
     """Runs the trials and prints their table, the best first."""
     from llmcli.operations.sweep import SweepEnd
@@ -100,6 +115,10 @@ def table(trials: Sequence[Trial]) -> list[str]:
         own = [f"{(trial.figures or {})[name]:.4f}" if name in (trial.figures or {}) else "" for name in figures]
         loss = "" if trial.loss is None else f"{trial.loss:.4f}"
         rows.append([trial.name, loss, *own, str(trial.best_step or ""), str(trial.step), trial.state])
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *middle, last in rows:
@@ -135,7 +154,7 @@ def _told(work: Iterator[Any], signals: Signals) -> Iterator[Any]:
                 for line in (*record.notices, *([] if told else plan_lines(record))):
                     signals.shown(notice, line)
                 told = True
-                show = stack.enter_context(training(signals))
+                show = stack.enter_context(training(record, signals))
             elif isinstance(record, TrainingEvent):
                 if is_json():
                     extra = {} if name is None else {"trial": name}

@@ -47,7 +47,7 @@ def kind_of(path: str | Path) -> str:
 
     if has("corpus.json"):
         return "corpus"
-    if has(RUN_CONFIG) and has(CHECKPOINTS, METRICS, RESULT):
+    if has(RUN_CONFIG) and has(CHECKPOINTS, METRICS, RESULT, TRIALS):
         return "run"
     if has("state.json") and has("config.json", *_WEIGHTS):
         return "checkpoint"
@@ -60,6 +60,11 @@ def kind_of(path: str | Path) -> str:
     if has("tokenizer.json") or (has("vocab.json") and has("merges.txt")):
         return "tokenizer"
     raise DataError(f"is no artefact of llmcli; looked for {_EXPECTED}", where=str(path))
+
+
+def trials_of(run: Path) -> list[Path]:
+    """The runs that a sweep has begun, by name; none: it is no sweep."""
+    return sorted(path for path in (run / TRIALS).glob("*") if (path / METRICS).is_file())
 
 
 def checkpoints_of(run: Path) -> list[Path]:

@@ -105,8 +105,8 @@ def _bounded(rows: list[Row], task: Task, longest: int, on_long: str) -> tuple[l
     if on_long == "error":
         worst = max(over, key=lambda row: row.longest)
         raise DataError(
-            f"{len(over):,} of {len(rows):,} examples have more than {longest:,} tokens (this one {worst.longest:,}); "
-            "--on-long cut, or --on-long drop",
+            f"{len(over):,} of {len(rows):,} examples have more than {longest:,} tokens, the longest, this one, "
+            f"{worst.longest:,}; cut them with --on-long cut, or leave them out with --on-long drop",
             where=worst.where,
         )
     kept: list[Row] = []

@@ -31,11 +31,17 @@ class Curve:
 
 
 def read_curves(runs: Sequence[str | Path], x: str = "steps", y: str = "loss") -> list[Curve]:
-    """Reads the curves of runs; `x` is a key of X_KEYS, `y` of Y_NAMES. Raises DataError when a run has none yet."""
+    """Reads the curves of runs, of a sweep those of its trials; `x` is a key of X_KEYS, `y` of Y_NAMES.
+
+    Raises DataError when a run has none yet.
+    """
     curves = []
+    found: list[str | Path] = []
     for run in runs:
         if artefacts.kind_of(run) != "run":
             raise DataError("is not a run", where=str(run))
+        found += artefacts.trials_of(Path(run)) or [run]
+    for run in found:
         points: dict[str, list[tuple[float, float]]] = {"step": [], "validation": []}
         for record in artefacts.read_metrics(Path(run)):
             along, value = record.get(X_KEYS[x]), record.get(y)

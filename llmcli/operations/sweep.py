@@ -1,5 +1,8 @@
 """`finetune --sweep`: a run for each combination of settings, one after another; the best on validation is the result.
 
+Trials are judged by the task's criterion at their best validation. Where a setting is tried that changes the loss
+itself (the beta of preferences, the weights of labels) they are judged by accuracy, and no loss is compared.
+
 Invariant: each trial is a run of its own in RUN/trials, which stops and goes on bit for bit; so a sweep that was
 stopped goes on where it was, and a trial that ended is never run again.
 
@@ -23,10 +26,11 @@ from llmcli.errors import ConfigError, DataError, LlmcliError, MissingExtraError
 from llmcli.files.artefacts import RESULT, SWEEP, TRIALS, read_json, read_metrics, resolve_model
 from llmcli.files.atomic import staged_folder, write_json
 from llmcli.operations import run_folder, training_run
-from llmcli.operations.finetune import finetune
+from llmcli.operations.finetune import PreparedRun, finetune, prepared_run
+from llmcli.operations.finetune_settings import steps_of
 from llmcli.operations.plot import Curve, draw, read_curves
 from llmcli.operations.records import Progress
-from llmcli.operations.sweep_trials import combinations
+from llmcli.operations.sweep_trials import change_the_loss, combinations
 from llmcli.operations.tasks import make_task
 from llmcli.operations.training_run import Started
 from llmcli.training.loop import TrainingEvent
@@ -34,7 +38,7 @@ from llmcli.training.loop import TrainingEvent
 IMAGE = "sweep.svg"
 
 
-Worth = tuple[float, float] | None  # what a trial is judged by, and of equal ones the loss; None: it failed
+Worth = tuple[float, float] | None  # what a trial is judged by; of equal ones the loss, or 0; None: it failed
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,6 +74,24 @@ class SweepEnd:
     trials: tuple[Trial, ...]
     model: str | None
     image: str | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlannedTrial:
+    """A combination of settings, and how many steps it takes; None: only time bounds it."""
+
+    name: str
+    settings: dict[str, Any]
+    steps: int | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SweepPlan:
+    """What a sweep would run. `shares`: of its length, to which a trial is run at each halt; `first`: the first one."""
+
+    trials: tuple[PlannedTrial, ...]
+    shares: tuple[float, ...]
+    first: Started
 
 
 Record = Progress | Started | TrainingEvent | TrialStarted | SweepEnd
@@ -122,6 +144,39 @@ def sweep(
             yield from records
 
 
+def plan_sweep(
+    task: str,
+    model: str | Path,
+    data: str | Path | Sequence[str],
+    config: FinetuneConfig = FinetuneConfig(),  # noqa: B008
+    lora: LoraConfig = LoraConfig(),  # noqa: B008
+    labelled: LabelledConfig = LabelledConfig(),  # noqa: B008
+    own: Any = None,
+    asked: SweepConfig = SweepConfig(),  # noqa: B008
+) -> SweepPlan:
+    """What a sweep would run: the data is read and checked, nothing is trained or written."""
+    inputs = [str(data)] if isinstance(data, str | Path) else [str(item) for item in data]
+    settings = [each for each in (config, lora, labelled, own, asked) if each is not None]
+    for each in settings:
+        configs.check(each)
+    found = combinations(asked, settings)
+    _refuse_unmeasured(config, inputs)
+    for record in prepared_run(task, resolve_model(model, onnx=False), inputs, list(found[0].settings)):
+        if isinstance(record, PreparedRun):
+            examples = len(record.data.train)
+            trials = (
+                PlannedTrial(each.name, dict(each.values), steps_of(each.settings[0], examples)) for each in found
+            )
+            return SweepPlan(tuple(trials), tuple(shares_of(len(found), asked)), record.started("", None, ()))
+    raise AssertionError("the data was read")
+
+
+def shares_of(count: int, asked: SweepConfig) -> list[float]:
+    """The shares of its length that a trial is run to, at each halt."""
+    rounds = math.ceil(math.log2(count)) if asked.sweep_method == "halving" else 0
+    return [0.5 ** (rounds - number) for number in range(rounds + 1)]
+
+
 def _refuse_unmeasured(config: FinetuneConfig, inputs: Sequence[str]) -> None:
     if not (config.val_split or config.validation or find_splits(inputs).validation):
         raise ConfigError("a sweep chooses by validation, so something must be held out", where="val_split")
@@ -143,9 +198,8 @@ class _Trials:
         self.place = opened.place
         self.combinations = {each.name: each for each in combinations(asked, self.settings)}
         self.trials = {name: Trial(name, dict(each.values)) for name, each in self.combinations.items()}
-        count = len(self.trials)
-        rounds = math.ceil(math.log2(count)) if asked.sweep_method == "halving" else 0
-        self.shares = [0.5 ** (rounds - number) for number in range(rounds + 1)]  # of its length, at each halt
+        self.unlike = change_the_loss(list(self.combinations.values()))
+        self.shares = shares_of(len(self.trials), asked)
         if (self.place / SWEEP).is_file():
             self._read()
 
@@ -208,7 +262,8 @@ class _Trials:
         done = reason != "stopped"
         known = self.trials[name].halts
         count = len(self.shares) if done else len(known) + 1  # one that is done has met every halt
-        halts = (*known, *((found["criterion"], found["loss"]),) * (count - len(known)))
+        worth = (found["criterion"], 0.0 if self.unlike else found["loss"])
+        halts = (*known, *(worth,) * (count - len(known)))
         self._note(name, state="done" if done else "waiting", halts=halts, **found)
         return True
 
@@ -219,9 +274,10 @@ class _Trials:
             (record for record in reversed(records) if record["event"] == "validation" and record["best"]), {}
         )
         step = max((record["step"] for record in records), default=0)
+        accuracy = (best.get("figures") or {}).get("accuracy")
         return {
             "loss": best.get("loss"),
-            "criterion": best.get("criterion"),
+            "criterion": -accuracy if self.unlike and accuracy is not None else best.get("criterion"),
             "best_step": best.get("step"),
             "figures": best.get("figures"),
             "step": step,

@@ -18,6 +18,7 @@ from llmcli.operations.finetune_settings import settle
 from llmcli.training.machine import Machine
 
 _MEASURE = ("val_split", "validation", "allow_overlap", "seed", "max_length", "on_long")  # what is validated on
+_LOSS = ("beta", "label_smoothing", "class_weights", "multi_label")  # what the loss is: trials' losses are unlike then
 _LONGEST_NAME = 100
 
 
@@ -71,6 +72,11 @@ def combinations(asked: SweepConfig, settings: Sequence[Any]) -> list[Combinatio
         settle(made[0], lora, Machine("cpu", "float32", False, 1), 1)  # settings that contradict each other
         found.append(Combination(_name_of(chosen, len(found)), chosen, made))
     return found
+
+
+def change_the_loss(found: Sequence[Combination]) -> bool:
+    """Whether the combinations differ in what the loss is, so that it does not tell the better one."""
+    return any(name in _LOSS and len({each.values[name] for each in found}) > 1 for name in found[0].values)
 
 
 def _value(owner: Any, name: str, text: str) -> Any:
