@@ -37,7 +37,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "classify": ("classify", "classify", "Give texts the label that a model has learnt, with its probability."),
     "info": ("info", "info", "Describe a tokenizer, corpus, run or model."),
     "verify": ("verify", "verify", "Check that an artefact is whole and consistent."),
-    "plot": ("plot", "plot", "Draw the loss curves of runs."),
+    "plot": ("plot", "plot", "Draw the loss curves of runs; of a sweep, of each of its trials."),
     "doctor": ("doctor", "doctor", "Report what this machine offers and what is missing."),
     "completion": ("completion", "completion", "Print the completion script of a shell."),
 }
