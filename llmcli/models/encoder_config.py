@@ -107,6 +107,8 @@ class EncoderConfig:
             rate = getattr(self, name)
             if not (rate is None and name == "classifier_dropout") and (not _is_number(rate) or not 0 <= rate < 1):
                 raise ConfigError(f"must be a number from 0 to below 1, is {rate!r:.80}", where=name)
+        if self.model_type == "distilbert" and self.type_vocab_size:
+            raise ConfigError("must be 0: distilbert tells no first text from a second", where="type_vocab_size")
         if self.activation not in ACTIVATIONS.values():
             raise ConfigError(f"the activation {self.activation!r:.80} is not supported", where="activation")
         if self.hidden_size % self.num_attention_heads:
@@ -203,8 +205,6 @@ def write_encoder_config(
     if distil:
         rate = config.classifier_dropout
         body |= {"seq_classif_dropout": config.hidden_dropout if rate is None else rate, "sinusoidal_pos_embds": False}
-    else:
-        body["position_embedding_type"] = "absolute"
     # The positions of RoBERTa hang on the id of padding, so the model's own counts, whatever the tokenizer says.
     ids = {**special_ids, "pad_token_id": config.pad_token_id}
     architecture = _CLASSES[config.model_type] + _SUFFIXES[kind]
