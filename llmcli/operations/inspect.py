@@ -19,6 +19,7 @@ from llmcli.files.onnx_header import read_onnx
 from llmcli.files.safetensors_header import read_header
 from llmcli.files.tensors import tensors_of
 from llmcli.models.config import read_config
+from llmcli.models.encoder_config import is_encoder, kind_of_head, read_encoder_config
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 
@@ -169,8 +170,10 @@ def _beside(folder: Path) -> dict[str, Any]:
 
 
 def _shape(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The decoder's shape; of a family that llmcli cannot run, what it is called."""
+    """The model's shape; of a family that llmcli cannot run, what it is called."""
     try:
+        if is_encoder(values):
+            return _encoder_shape(values, where)
         config = read_config(values, where)
     except ConfigError as error:
         return {"family": values.get("model_type"), "supported": False, "reason": error.message}
@@ -186,3 +189,23 @@ def _shape(values: dict[str, Any], where: str) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "tied_embeddings": config.tie_word_embeddings,
     }
+
+
+def _encoder_shape(values: dict[str, Any], where: str) -> dict[str, Any]:
+    config = read_encoder_config(values, where)
+    facts = {
+        "family": config.model_type,
+        "head": kind_of_head(values),
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "ffn_size": config.intermediate_size,
+        "context": config.longest,
+        "vocab_size": config.vocab_size,
+        "token_types": config.type_vocab_size,
+        "activation": config.activation,
+    }
+    labels = values.get("id2label")
+    if facts["head"] == "classifier" and isinstance(labels, dict):
+        facts["labels"] = list(labels.values())
+    return facts

@@ -24,6 +24,7 @@ from llmcli.files.onnx_header import NAMES, read_onnx
 from llmcli.files.safetensors_header import TensorEntry, read_header
 from llmcli.files.tensors import tensors_of, weight_files
 from llmcli.models.config import read_config
+from llmcli.models.encoder_config import is_encoder, kind_of_head
 from llmcli.models.labels import is_classifier, labels_of
 
 _PIECE = 1 << 22  # ids or weights looked at at once: memory stays small whatever the size
@@ -175,10 +176,23 @@ def _shape_problems(folder: Path, entries: Mapping[str, TensorEntry]) -> Iterato
     from llmcli.models.classifier import builder_for
     from llmcli.models.folder import family_names, load_config, weight_problems
 
-    config = load_config(folder)
     path = folder / "config.json"
+    if path.is_file() and is_encoder(artefacts.read_json(path)):
+        yield from _encoder_problems(folder, entries)
+        return
+    config = load_config(folder)
     build = builder_for(artefacts.read_json(path), str(path))
     yield from weight_problems(config, family_names(config, entries), build)
+    yield from _special_ids(folder, config.vocab_size)
+
+
+def _encoder_problems(folder: Path, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
+    from llmcli.models.encoder_folder import encoder_labels, encoder_problems, load_encoder_config
+
+    config = load_encoder_config(folder)
+    kind = kind_of_head(artefacts.read_json(folder / "config.json"))
+    labels = len(encoder_labels(folder)) if kind == "classifier" else None
+    yield from encoder_problems(config, entries, kind, labels=labels)
     yield from _special_ids(folder, config.vocab_size)
 
 
