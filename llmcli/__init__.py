@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from llmcli.operations.embed_file import embed_file as embed_file
     from llmcli.operations.evaluate import evaluate as evaluate
     from llmcli.operations.export import export as export
+    from llmcli.operations.fill_mask import fill_mask as fill_mask
     from llmcli.operations.find_rate import find_rate as find_rate
     from llmcli.operations.finetune import finetune as finetune
     from llmcli.operations.finetune import plan_finetuning as plan_finetuning
@@ -94,6 +95,7 @@ _HOMES = {
     "operations.evaluate": ("evaluate",),
     "operations.export": ("export",),
     "operations.find_rate": ("find_rate",),
+    "operations.fill_mask": ("fill_mask",),
     "operations.finetune": ("finetune", "plan_finetuning"),
     "operations.generate": ("generate", "open_generator"),
     "operations.generate_file": ("generate_file",),

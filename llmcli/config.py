@@ -19,6 +19,7 @@ from llmcli.config_finetune import SweepConfig as SweepConfig
 from llmcli.config_generation import AnswerConfig as AnswerConfig
 from llmcli.config_generation import ChatConfig as ChatConfig
 from llmcli.config_generation import ConstraintConfig as ConstraintConfig
+from llmcli.config_generation import FillMaskConfig as FillMaskConfig
 from llmcli.config_generation import SpeculationConfig as SpeculationConfig
 from llmcli.config_generation import SummarizeConfig as SummarizeConfig
 from llmcli.settings import check as check

@@ -124,3 +124,17 @@ class SummarizeConfig:
     threads: int | None = setting(
         None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class FillMaskConfig:
+    """How a missing word is filled in."""
+
+    top: int = setting(
+        5, "How many candidates of each text.", group="Candidates", aliases=("-n",), minimum=1, maximum=1000
+    )
+    batch_size: int = setting(32, "Texts at once.", group="Machine", minimum=1, maximum=4096)
+    device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
+    threads: int | None = setting(
+        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024
+    )

@@ -16,6 +16,7 @@ import click
 import forked
 import pytest
 from conftest import ROOT, Run
+from small_encoder import make_encoder
 from test_convert import write_bin, write_tokenizer
 
 import llmcli as package
@@ -100,6 +101,7 @@ pretrain corpus -o runs/first --layers 1 --hidden-size 16 --heads 2 --context 48
 finetune chat runs/first sums.jsonl -o runs/chat --max-steps 2 --threads 1
 finetune classify runs/first labels.tsv -o runs/adapter --lora --max-steps 2 --threads 1
 finetune prefer runs/chat preferences.jsonl -o runs/preferred --max-steps 2 --threads 1
+fill-mask -m bert-base-uncased "Paris is the [MASK] of France." --threads 1
 classify -m runs/first --adapter runs/adapter "A boat." --threads 1
 embed -m runs/first "Deep learning is fun." --pooling mean --threads 1
 finetune answer runs/first squad.json -o runs/answers --max-steps 2 --threads 1
@@ -143,6 +145,7 @@ def test_the_pipeline_of_the_readme_runs_from_end_to_end(tmp_path: Path) -> None
     (place / "chat.jinja").write_text("{{ messages[-1].content }}")
     (place / "message.jsonl").write_text('{"role": "user", "content": "The old"}\n')
     write_bin(place / "stories15M.bin")
+    make_encoder(place / "bert-base-uncased")
     write_tokenizer(place / "tokenizer.bin")
     for line in PIPELINE:
         told = forked.run(

@@ -1,0 +1,135 @@
+"""`fill-mask`: what a missing word of a text may be, by an encoder's masked-language-model head.
+
+Invariant: a text's candidates do not depend on the texts beside it, but for rounding; a probability is the head's own,
+over the whole vocabulary. The mask is the tokenizer's own token, written in the text; other special tokens in it count
+as such too, as they do in transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from llmcli import settings as configs
+from llmcli.config_generation import FillMaskConfig
+from llmcli.data.cores import available_cores
+from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
+from llmcli.errors import DataError, UsageError
+from llmcli.files.artefacts import Model, find_model, read_json
+from llmcli.models.encoder_config import is_encoder
+from llmcli.models.encoder_folder import load_encoder
+from llmcli.runtime.torch_session import working_device
+from llmcli.training.packing import pack
+
+_CUSTOMARY = ("[MASK]", "<mask>")  # where no settings name the mask
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Candidate:
+    """A token for the place of the mask, and the text with it."""
+
+    token: str
+    id: int
+    probability: float
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Filled:
+    """A text and its candidates, the most probable first."""
+
+    text: str
+    candidates: tuple[Candidate, ...]
+
+
+class MaskFiller:
+    """An encoder with its masked-language-model head and its tokenizer."""
+
+    def __init__(self, model: Model, config: FillMaskConfig = FillMaskConfig()) -> None:  # noqa: B008  (frozen)
+        configs.check(config)
+        place = find_model(model)
+        if place.adapter is not None:
+            raise UsageError("an encoder takes no adapter")
+        values = read_json(place.folder / "config.json")
+        if not is_encoder(values):
+            told = f"is a {values.get('model_type')!r:.80}, which has no mask: an encoder is needed"
+            raise DataError(told, where=str(place.folder))
+        self.tokenizer = load_tokenizer(place.texts)
+        self.mask, self.mask_id = _mask_of(self.tokenizer)
+        device = working_device(config.device)
+        torch.set_num_threads(config.threads or available_cores())
+        self.model = load_encoder(
+            place.folder, device, torch.bfloat16 if device == "cuda" else torch.float32, kind="masked"
+        )
+        self.config = config
+
+    def fill(self, texts: Iterable[str]) -> Iterator[Filled]:
+        """A record for each text, in order. Raises DataError for a text without exactly one mask, or too long."""
+        held: list[tuple[str, np.ndarray]] = []
+        for text in texts:
+            held.append((text, self._ids(text)))
+            if len(held) == self.config.batch_size:
+                yield from self._filled(held)
+                held = []
+        if held:
+            yield from self._filled(held)
+
+    def _ids(self, text: str) -> np.ndarray:
+        ids = np.asarray(self.tokenizer.encode(text, special=True, parse_special=True), np.int64)
+        masks = int((ids == self.mask_id).sum())
+        if masks != 1:
+            told = f"has {masks} mask tokens" if masks else "has no mask token"
+            raise DataError(f"the text {text!r:.120} {told}; write {self.mask} once, for what is missing")
+        longest = self.model.config.longest
+        if len(ids) > longest:
+            raise DataError(f"the text {text!r:.120} has {len(ids):,} tokens, the model has positions for {longest:,}")
+        return ids
+
+    @torch.inference_mode()
+    def _filled(self, texts: Sequence[tuple[str, np.ndarray]]) -> Iterator[Filled]:
+        packed = pack([ids for _, ids in texts], [np.flatnonzero(ids == self.mask_id) for _, ids in texts])
+        packed = packed.to(self.model.embedding.device)
+        states = self.model.hidden(packed.ids, segments=packed.segments)[0].index_select(0, packed.chosen)
+        probabilities = self.model.logits(states).float().softmax(-1)[:, : self.tokenizer.vocab_size]
+        best = probabilities.topk(min(self.config.top, probabilities.size(1)))
+        for (text, _), ids, shares in zip(texts, best.indices.tolist(), best.values.tolist(), strict=True):
+            found = zip(ids, shares, strict=True)
+            yield Filled(text, tuple(self._candidate(text, identity, share) for identity, share in found))
+
+    def _candidate(self, text: str, identity: int, probability: float) -> Candidate:
+        before, _, after = text.partition(self.mask)
+        token = self.tokenizer.token(identity)
+        if token.startswith("##"):  # WordPiece: the rest of a word
+            shown, filled = token, before.rstrip() + token[2:] + after
+        elif self.tokenizer.kind == "WordPiece":
+            shown, filled = token, before + token + after
+        else:  # a token brings the space before it, or there is none
+            shown = self.tokenizer.token_text(identity)
+            filled = (before.rstrip() + shown + after).lstrip()
+        return Candidate(shown.strip() or shown, identity, probability, filled)
+
+
+def _mask_of(tokenizer: TextTokenizer) -> tuple[str, int]:
+    """The mask's token and id: what the tokenizer's settings name, else what is customary."""
+    said = tokenizer.config.get("mask_token")
+    named = said.get("content") if isinstance(said, dict) else said
+    for token in (named,) if isinstance(named, str) else _CUSTOMARY:
+        identity = tokenizer.id_of(token)
+        if identity is not None:
+            return token, identity
+    raise DataError("the tokenizer has no mask token", where=tokenizer.files.where)
+
+
+def fill_mask(
+    model: Model,
+    texts: str | Iterable[str],
+    config: FillMaskConfig = FillMaskConfig(),  # noqa: B008  (frozen)
+) -> Iterator[Filled]:
+    """What may stand in the place of a text's mask, or of many texts' each, by an encoder's folder or run.
+
+    Raises DataError for a model without a masked-language-model head, and for a text without exactly one mask.
+    """
+    yield from MaskFiller(model, config).fill([texts] if isinstance(texts, str) else texts)

@@ -1,0 +1,107 @@
+"""`fill-mask`: candidates beside transformers, alone and among others, and every text or model that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from small_encoder import make_encoder, save_theirs, write_byte_level, write_wordpiece
+
+from llmcli.cli.fill_mask import fill_mask as command
+from llmcli.config import FillMaskConfig
+from llmcli.data.tokenizer import load_tokenizer
+from llmcli.errors import DataError
+from llmcli.operations.fill_mask import MaskFiller, fill_mask
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEXT = "Paris is the [MASK] of France."
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_encoder(tmp_path_factory.mktemp("bert") / "model")
+
+
+def test_candidates_are_those_of_transformers(tmp_path: Path) -> None:
+    theirs = save_theirs("bert", "masked", tmp_path)
+    write_wordpiece(tmp_path)
+    ids = torch.tensor([load_tokenizer(tmp_path).encode(TEXT, True, parse_special=True)])
+    assert ids[0, 4] == 4  # the mask
+    with torch.no_grad():
+        expected = theirs(ids).logits[0, 4].softmax(-1).topk(7)
+    (found,) = fill_mask(tmp_path, TEXT, FillMaskConfig(top=7))
+    assert [each.id for each in found.candidates] == expected.indices.tolist()
+    for each, wanted in zip(found.candidates, expected.values.tolist(), strict=True):
+        assert abs(each.probability - wanted) < 1e-5
+
+
+def test_a_text_is_filled_as_among_others(bert: Path) -> None:
+    texts = [TEXT, "a [MASK]", "[MASK] is the capital of the capital of the capital of France.", TEXT]
+    many = list(fill_mask(bert, texts, FillMaskConfig(batch_size=3)))
+    assert [each.text for each in many] == texts
+    for record in many:
+        (alone,) = fill_mask(bert, record.text)
+        assert [each.id for each in alone.candidates] == [each.id for each in record.candidates]
+        assert all(
+            abs(one.probability - other.probability) < 1e-5
+            for one, other in zip(alone.candidates, record.candidates, strict=True)
+        )
+
+
+def test_the_text_is_shown_with_the_candidate_in_its_place(bert: Path, tmp_path: Path) -> None:
+    (found,) = fill_mask(bert, "The [MASK] of France.", FillMaskConfig(top=97))
+    shown = {each.token: each.text for each in found.candidates}
+    assert shown["capital"] == "The capital of France."
+    assert shown["##s"] == "Thes of France."
+    assert abs(sum(each.probability for each in found.candidates) - 1) < 1e-4
+
+    size = write_byte_level(tmp_path)
+    save_theirs("roberta", "masked", tmp_path, vocab_size=size)
+    (found,) = fill_mask(tmp_path, "one <mask> it", FillMaskConfig(top=size))
+    shown = {each.token: each.text for each in found.candidates if each.id > 3}
+    assert (shown["of"], shown["x"]) == ("one of it", "onex it")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Paris is the capital.", r"has no mask token; write \[MASK\] once"),
+        ("The [MASK] of [MASK].", r"has 2 mask tokens; write \[MASK\] once"),
+        ("", r"the text '' has no mask token"),
+        ("[MASK]" + " the" * 60, r"has 63 tokens, the model has positions for 40"),
+    ],
+)
+def test_a_text_that_cannot_be_filled_is_refused(bert: Path, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        list(fill_mask(bert, ["a [MASK]", text]))
+
+
+def test_a_model_that_cannot_fill_is_refused(bert: Path, tmp_path: Path) -> None:
+    save_theirs("bert", "base", tmp_path)
+    write_wordpiece(tmp_path)
+    with pytest.raises(DataError, match=r"has no masked-language-model head: there is no weight of cls"):
+        MaskFiller(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "model_type": "gpt2"}))
+    with pytest.raises(DataError, match="is a 'gpt2', which has no mask"):
+        MaskFiller(tmp_path)
+
+
+def test_the_command_prints_lines_and_json(bert: Path) -> None:
+    runner = CliRunner()
+    found = runner.invoke(command, ["-m", str(bert), TEXT, "-n", "3", "--threads", "1"], catch_exceptions=False)
+    lines = [line.split("\t") for line in found.stdout.splitlines()]
+    assert len(lines) == 3
+    assert lines[0][2] == TEXT.replace("[MASK]", lines[0][1])
+    piped = runner.invoke(
+        command, ["-m", str(bert), "--json", "--top", "2", "-"], input=f"{TEXT}\n\na [MASK]\n", catch_exceptions=False
+    )
+    records = [json.loads(line) for line in piped.stdout.splitlines()]
+    assert [record["text"] for record in records] == [TEXT, "a [MASK]"]
+    assert set(records[0]["candidates"][0]) == {"token", "id", "probability", "text"}
+    assert f"{records[0]['candidates'][0]['probability']:.4f}" == lines[0][0]
+    assert isinstance(runner.invoke(command, ["-m", str(bert), "no word"]).exception, DataError)
