@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-WAIT = 60.0  # seconds; never measured, only the end of hope
+WAIT = 300.0  # seconds; never measured, only the end of hope, on a busy machine too
 PIPED = 65536  # bytes; what a pipe holds, so that the child itself can fill its own
 LOADED = (
     "torch",

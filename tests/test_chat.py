@@ -14,6 +14,7 @@ import numpy as np
 import pexpect
 import pytest
 from conftest import ROOT, Run
+from forked import completed
 from small_model import make_model
 from small_tokenizer import make_tokenizer
 from test_generate import make_player
@@ -309,8 +310,7 @@ def test_the_system_prompt_is_replaced_and_removed(opened: Any) -> None:
 
 
 def asked(model: Path, lines: str, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "llmcli", "chat", "-m", str(model), "--threads", "1", *words]
-    return subprocess.run(command, input=lines, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return completed("chat", "-m", model, "--threads", 1, *words, input=lines)
 
 
 def test_piped_messages_are_answered_line_by_line(small: Path, opened: Any) -> None:

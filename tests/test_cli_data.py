@@ -129,16 +129,9 @@ def test_the_settings_file_and_an_unknown_key(place: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "setuid") or os.name != "posix", reason="needs limits of POSIX")
-def test_a_full_disk_leaves_nothing(place: Path) -> None:
+def test_a_full_disk_leaves_nothing(place: Path, llmcli: Run) -> None:
     (place / "long.txt").write_text("Some text that goes on. " * 200_000)
-    code = (
-        "import resource, signal, sys\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
-        "from llmcli.cli.main import run; run()"
-    )
-    words = ["data", "prepare", "long.txt", *PREPARE, "--workers", "1"]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=place)
+    done = llmcli("data", "prepare", "long.txt", *PREPARE, "--workers", 1, cwd=place, limit=200_000)
     assert done.returncode == 1
     assert "no space left" in done.stderr
     assert done.stderr.count("\n") == 1

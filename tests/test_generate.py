@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import ROOT, Run
+from forked import Life, run, until
 from small_model import make_model, make_seven
 from small_tokenizer import make_tokenizer
 
@@ -419,22 +419,19 @@ def invoke(model: Path, *words: object, **details: Any) -> Result:
     return CliRunner().invoke(command, given, **{"catch_exceptions": False, **details})
 
 
-def on_terminal(words: list[str]) -> tuple[int, str]:
-    """Runs a command on a terminal of its own: its exit code and what the terminal got."""
+def on_terminal(*words: object) -> tuple[int, str]:
+    """Runs `llmcli` on a terminal of its own: its exit code and what the terminal got."""
     terminal, end = pty.openpty()
-    with subprocess.Popen(
-        words, stdin=end, stdout=end, stderr=end, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    ) as child:
-        os.close(end)
-        patience = threading.Timer(60, child.kill)
-        patience.start()
-        shown = b""
-        with contextlib.suppress(OSError):  # so ends a terminal that nobody writes to any more
-            while data := os.read(terminal, 4096):
-                shown += data
-    patience.cancel()
+    name = os.ttyname(end)
+    life = Life(*words, cwd=ROOT, stdin=name, stdout=name, stderr=name)
+    code = life.wait()  # what it writes is less than a terminal holds
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError):  # so ends a terminal that nobody writes to any more
+        while data := os.read(terminal, 4096):
+            shown += data
     os.close(terminal)
-    return child.returncode, shown.decode()
+    return code, shown.decode()
 
 
 def test_the_command_streams_the_text_and_tells_the_seed(llmcli: Run, small: Path) -> None:
@@ -486,13 +483,13 @@ def test_a_real_pipe_is_read(small: Path, llmcli: Run) -> None:
 
 @pytest.mark.parametrize("stdin", ["null", "closed", "terminal"])
 def test_no_prompt_and_no_pipe_is_wrong_usage_and_no_hang(small: Path, stdin: str) -> None:
-    words = [sys.executable, "-m", "llmcli", "generate", "-m", str(small)]
     told = "Error: there is no prompt: give it as an argument"
     if stdin == "terminal":
-        code, shown = on_terminal(words)
+        code, shown = on_terminal("generate", "-m", small)
         assert code == 2
         assert shown.startswith(told)
         return
+    words = [sys.executable, "-m", "llmcli", "generate", "-m", str(small)]
     shell = f'exec "$@" {"<&-" if stdin == "closed" else "</dev/null"}'
     ended = subprocess.run(
         ["bash", "-c", shell, "bash", *words],
@@ -589,8 +586,8 @@ ATTACK = ["ok", "\x1b", "]52;c;ZXZpbA==", "\x07", "\x1b", "[2J", "\u009b", "31m"
 def test_a_terminal_gets_no_control_characters(player: Make) -> None:
     """Of a model whose tokens spell escape sequences, each cut into several; a pipe gets them as they are."""
     model = player([*ATTACK, 0])
-    words = [sys.executable, "-m", "llmcli", "generate", "-m", str(model), "--temp", "0", "--threads", "1", "a"]
-    assert on_terminal(words) == (0, "ok]52;c;ZXZpbA==[2J31mend\r\n")  # the terminal's own line end
+    words = ("generate", "-m", model, "--temp", 0, "--threads", 1, "a")
+    assert on_terminal(*words) == (0, "ok]52;c;ZXZpbA==[2J31mend\r\n")  # the terminal's own line end
     assert invoke(model, "--temp", 0, "a").stdout == "".join(ATTACK) + "\n"
     assert "\x1b" not in invoke(model, "--temp", 0, "--json", "a").stdout
 
@@ -809,20 +806,13 @@ def test_a_killed_run_goes_on_where_it_stood(small: Path, tmp_path: Path) -> Non
     words += ["--batch-size", "2", "--threads", "1", "--ignore-eos"]
     for _ in range(5):  # again, should it have ended before it was killed
         output.unlink(missing_ok=True)
-        with subprocess.Popen(
-            [sys.executable, "-m", "llmcli", "generate", *words],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.DEVNULL,
-        ) as child:
-            deadline = time.monotonic() + 60
-            while not (output.exists() and output.read_bytes().count(b"\n") > 2):
-                assert time.monotonic() < deadline
-                assert child.poll() in (None, 0)
-                time.sleep(0.002)
-            child.kill()
-        if child.returncode == -signal.SIGKILL:
+        life = Life("generate", *words, cwd=tmp_path)
+        until(lambda: output.exists() and output.read_bytes().count(b"\n") > 2, life)
+        life.signal(signal.SIGKILL)
+        code = life.wait()
+        if code == -signal.SIGKILL:
             break
-    assert child.returncode == -signal.SIGKILL
+    assert code == -signal.SIGKILL
     assert output.read_bytes().count(b"\n") < 60
     values = {"max_new_tokens": 20, "ignore_eos": True}
     continued(small, source, output, **values)
@@ -833,15 +823,8 @@ def test_a_killed_run_goes_on_where_it_stood(small: Path, tmp_path: Path) -> Non
 def test_after_a_full_disk_it_goes_on(small: Path, tmp_path: Path) -> None:
     source, output = rows(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
     words = ["-m", small, "-i", source, "-o", output, "--seed", 3, "--max-tokens", 6, "--batch-size", 2, "--threads", 1]
-    ended = subprocess.run(
-        ["bash", "-c", 'ulimit -f 1; exec "$@"', "bash", sys.executable, "-m", "llmcli", "generate", *map(str, words)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    ended = run("generate", *words, cwd=tmp_path, limit=1024, code=1)
     assert ended.stderr == f"Error: {output}: no space left to write; free some and run it again\n"
-    assert ended.returncode == 1
     assert 0 < output.stat().st_size <= 1024
     continued(small, source, output)
     continued(small, source, tmp_path / "whole.jsonl")

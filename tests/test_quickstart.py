@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import ROOT, Run
+from click.testing import CliRunner
+from conftest import Run
+from forked import Life, completed, until
 
+from llmcli.data import python_text
 from llmcli.data.corpus import open_corpus
 from llmcli.data.python_text import function_pairs, help_topics, module_docstrings
 from llmcli.operations.verify import verify
@@ -20,10 +22,35 @@ STAGES = ["tokenizer", "corpus", "model", "curve", "sample", "completion", "chat
 TEXT = "The function returns a list. The function takes a tuple, and the list is sorted.\n" * 400
 
 
-def test_a_users_file_becomes_a_model_that_writes(llmcli: Run, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text(TEXT)
-    done = llmcli("quickstart", "notes.txt", "-o", "first", "--seconds", 5, cwd=tmp_path)
+WORDS = ("quickstart", "notes.txt", "-o", "first", "--seconds", 5)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of a whole run under --json, and its records: the one whole run of these tests."""
+    place = tmp_path_factory.mktemp("quickstart")
+    (place / "notes.txt").write_text(TEXT)
+    done = completed(*WORDS, "--json", cwd=place)
     assert done.returncode == 0, done.stderr
+    return place, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_users_file_becomes_a_model_that_writes(
+    whole: tuple[Path, list[dict[str, Any]]], llmcli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the run is shown as: the command has the run's own records, told once more."""
+    from llmcli.cli.quickstart import quickstart as command
+    from llmcli.operations import quickstart as operation
+
+    place, records = whole
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(
+        operation, "quickstart", lambda *_words, **_settings: (operation.StageDone(**record) for record in records)
+    )
+    done = CliRunner().invoke(command, list(map(str, WORDS[1:])), catch_exceptions=False)
+    assert done.exit_code == 0
+    for stage in STAGES:
+        assert re.search(rf"^{stage} +.*\(\d+\.\d s\)$", done.stderr, re.MULTILINE)
     for stage in (*STAGES[:4], "chat", "export"):
         assert f"\n{stage} " in done.stdout
     assert "The model writes:\nThe " in done.stdout
@@ -31,25 +58,25 @@ def test_a_users_file_becomes_a_model_that_writes(llmcli: Run, tmp_path: Path) -
     assert "It was taught what Python's functions do. What does " in done.stdout
     assert "In int4, on onnxruntime, it writes:\nThe " in done.stdout
     made = [("tokenizer", "tokenizer"), ("corpus", "corpus"), ("run", "run"), ("model", "run/model"), ("onnx", "int4")]
-    for kind, place in (*made, ("run", "chat"), ("model", "chat/model")):
-        verdict = verify(tmp_path / "first" / place, values=True)
+    for kind, name in (*made, ("run", "chat"), ("model", "chat/model")):
+        verdict = verify(place / "first" / name, values=True)
         assert (verdict.kind, verdict.problems) == (kind, ())
-    assert (tmp_path / "first" / "run" / "loss.svg").read_text().startswith("<?xml")
-    for line in done.stdout.splitlines():  # what it says to go on with, works
-        if line.startswith("  llmcli info"):
-            assert llmcli(*line.split()[1:], cwd=tmp_path).returncode == 0
+    assert (place / "first" / "run" / "loss.svg").read_text().startswith("<?xml")
+    told = [line.split() for line in done.stdout.splitlines() if line.startswith("  llmcli info")]
+    assert told
+    for line in told:  # what it says to go on with, works
+        assert llmcli(*line[1:], cwd=place).returncode == 0
 
 
-def test_as_json_it_is_a_record_a_stage_and_an_output_that_exists_is_refused(llmcli: Run, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text(TEXT)
-    words = ("quickstart", "notes.txt", "-o", "first", "--seconds", 5, "--json")
-    done = llmcli(*words, cwd=tmp_path)
-    records = [json.loads(line) for line in done.stdout.splitlines()]
+def test_as_json_it_is_a_record_a_stage_and_an_output_that_exists_is_refused(
+    whole: tuple[Path, list[dict[str, Any]]], llmcli: Run
+) -> None:
+    place, records = whole
     assert [record["stage"] for record in records] == STAGES
     assert all(set(record) == {"stage", "seconds", "made", "figures"} for record in records)
     assert records[2]["figures"]["parameters"] > 10**5
     taught, answered = (record["figures"] for record in records[-4:-2])
-    questions = [json.loads(line) for line in (tmp_path / "first" / "functions.jsonl").read_text("utf-8").splitlines()]
+    questions = [json.loads(line) for line in (place / "first" / "functions.jsonl").read_text("utf-8").splitlines()]
     assert taught["examples"] == len(questions) == 200
     assert taught["steps"] > 0
     assert taught["loss"] > 0
@@ -60,20 +87,22 @@ def test_as_json_it_is_a_record_a_stage_and_an_output_that_exists_is_refused(llm
     assert -20 < exported["perplexity_increase_percent"] < 20
     assert min(exported["tokens_per_second_before"], exported["tokens_per_second_after"]) > 0
     assert records[-1]["figures"]["tokens"] > 0
-    again = llmcli(*words, cwd=tmp_path)
+    again = llmcli(*WORDS, "--json", cwd=place)
     assert (again.returncode, again.stdout) == (2, "")
     assert "--overwrite" in json.loads(again.stderr)["error"]["message"]
 
 
-def test_without_text_the_corpus_is_what_python_brings(tmp_path: Path) -> None:
-    """Up to the corpus: the rest is as with a user's text."""
+def test_without_text_the_corpus_is_what_python_brings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the corpus: the rest is as with a user's text. The docstrings are found once: parsing takes seconds."""
     from llmcli.operations.quickstart import StageDone, quickstart
 
+    docstrings = list(module_docstrings())
+    monkeypatch.setattr(python_text, "module_docstrings", lambda: iter(docstrings))
     for record in quickstart([], tmp_path / "first", seconds=5):
         if isinstance(record, StageDone) and record.stage == "corpus":
             break
     texts = [json.loads(line)["text"] for line in (tmp_path / "first" / "text.jsonl").read_text("utf-8").splitlines()]
-    assert texts == [*help_topics(), *module_docstrings()]
+    assert texts == [*help_topics(), *docstrings]
     assert sum(map(len, texts)) > 10**6
     corpus = open_corpus(tmp_path / "first" / "corpus")
     assert corpus.val_tokens > 1000
@@ -107,17 +136,12 @@ def test_text_that_is_none_leaves_what_was_there(llmcli: Run, tmp_path: Path) ->
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_in_training_saves_the_run(tmp_path: Path, number: int, code: int) -> None:
     (tmp_path / "notes.txt").write_text(TEXT)
-    words = [sys.executable, "-m", "llmcli", "quickstart", "notes.txt", "-o", "first", "--seconds", "300"]
-    with subprocess.Popen(
-        words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, stderr=subprocess.PIPE, text=True
-    ) as process:
-        metrics = tmp_path / "first" / "run" / "metrics.jsonl"
-        deadline = time.monotonic() + 90
-        while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(number)
-        _, complaint = process.communicate(timeout=90)
-    assert process.returncode == code
-    assert "Traceback" not in complaint
-    assert "first/run is saved" in complaint.splitlines()[-1]
+    no_compiler = {"PATH": ""}
+    life = Life("quickstart", "notes.txt", "-o", "first", "--seconds", 300, cwd=tmp_path, environment=no_compiler)
+    metrics = tmp_path / "first" / "run" / "metrics.jsonl"
+    until(lambda: metrics.is_file() and metrics.stat().st_size, life)
+    life.signal(number)
+    assert life.wait() == code
+    assert "Traceback" not in life.stderr
+    assert "first/run is saved" in life.stderr.splitlines()[-1]
     assert verify(tmp_path / "first" / "run").ok
