@@ -60,7 +60,7 @@ def test_small_letters_are_wordpieces_alone() -> None:
     tokenizer = trained(kind="wordpiece", lowercase=True)
     assert tokenizer.encode("The VALUE") == tokenizer.encode("the value")
     assert not any(letter.isupper() for letter in map(tokenizer.token, range(tokenizer.vocab_size)) if letter[0] != "[")
-    with pytest.raises(ConfigError, match="^lowercase: is for wordpiece"):
+    with pytest.raises(ConfigError, match=r"^lowercase: is for wordpiece"):
         trained(kind="bpe", lowercase=True)
 
 
