@@ -188,6 +188,22 @@ def test_a_graph_in_int8_is_measured_and_in_float_has_the_models_figures(model: 
             assert one["log_probabilities"] == pytest.approx(other["log_probabilities"], rel=near)
 
 
+@pytest.mark.parametrize("task", ["answer", "summarize", "prefer"])
+def test_every_task_is_measured_on_a_graph_as_on_its_model(model: Path, tmp_path: Path, task: str) -> None:
+    rows = {
+        "answer": [{"id": "q", "context": "A list holds objects.", "question": "What?", "answers": ["objects"]}],
+        "summarize": [{"source": "A list holds objects. " * 9, "target": "A list."}],
+        "prefer": PREFERENCES,
+    }
+    path = lines(tmp_path / "a.jsonl", rows[task])
+    list(export(model, tmp_path / "fp32", ExportConfig(precision="fp32", check=False, threads=1)))
+    found = [predicted(place, path, task=task, max_new_tokens=4) for place in (model, tmp_path / "fp32")]
+    for one, other in zip(*found, strict=True):
+        for name, value in one.items():
+            if name != "model":
+                assert other[name] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value), name
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Labels
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmcli.config import EvaluateConfig, GenerateConfig, SamplingConfig
+from llmcli.data.cut_prompts import cut_prompt
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
 from llmcli.errors import DataError, LlmcliError
 from llmcli.files.artefacts import Model, end_ids, find_model, is_onnx
@@ -97,18 +98,16 @@ class EvaluatedModel:
 
     def fitted(self, parts: tuple[str, str, str], room: int, where: str) -> tuple[str, bool]:
         """A prompt of at most `room` tokens: the end of its middle part is cut off where it is too long."""
-        first, middle, last = parts
-        cut = False
-        while (excess := len(self.tokenizer.encode(first + middle + last, special=True)) - room) > 0:
-            offsets = self.tokenizer.encode_in_detail(middle).offsets
-            if not offsets:
-                raise DataError(
-                    f"has {room + excess:,} tokens without the text that could be cut; there is room for {room:,}",
-                    where=where,
-                )
-            kept = offsets[: max(0, len(offsets) - excess)]
-            middle, cut = middle[: kept[-1][1] if kept else 0], True
-        return first + middle + last, cut
+        encode = self.tokenizer.encode
+        if len(encode("".join(parts), special=True)) <= room:
+            return "".join(parts), False
+        found = cut_prompt(self.tokenizer, parts, room)
+        if found is None:
+            rest = len(encode(parts[0] + parts[2], special=True))
+            raise DataError(
+                f"has {rest:,} tokens without the text that could be cut; there is room for {room:,}", where=where
+            )
+        return "".join(found), True
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:
