@@ -280,3 +280,29 @@ def test_a_tokenizer_whose_pattern_makes_the_library_panic_is_a_problem(tmp_path
     splitter = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     edit_json(folder / "tokenizer.json", lambda content: content.update(pre_tokenizer=splitter))
     assert verify(folder).kind == "tokenizer"  # whatever the verdict is: no panic escapes
+
+
+def test_an_encoder_is_described_and_its_damage_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+    from small_encoder import make_encoder
+
+    folder = make_encoder(tmp_path / "model")
+    facts = describe(folder).facts
+    named = ("family", "head", "layers", "hidden_size", "context", "token_types", "activation")
+    assert [facts[key] for key in named] == ["bert", "masked", 2, 32, 40, 2, "gelu"]
+    assert facts["embedding_parameters"] == 97 * 32
+    assert verify(folder).problems == ()
+
+    tensors = load_file(folder / "model.safetensors")
+    whole = dict(tensors)
+    del tensors["cls.predictions.bias"]
+    tensors["bert.embeddings.position_embeddings.weight"] = tensors["bert.embeddings.position_embeddings.weight"][:9]
+    tensors["bert.encoder.layer.2.output.dense.bias"] = tensors["bert.encoder.layer.1.output.dense.bias"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    assert set(verify(folder).problems) == {
+        "cls.predictions.bias: missing",
+        "bert.embeddings.position_embeddings.weight: shape [9, 32], the config asks for [40, 32]",
+        "bert.encoder.layer.2.output.dense.bias: not a parameter of bert",
+    }
+    save_file({name: each for name, each in whole.items() if not name.startswith("cls.")}, folder / "model.safetensors")
+    assert verify(folder).problems == ("has no masked-language-model head: there is no weight of cls",)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmcli.errors import ConfigError
+from llmcli.models.encoder_config import is_encoder
 
 FAMILIES = ("qwen3", "llama", "mistral", "qwen2", "gpt2")
 
@@ -132,6 +133,10 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 def read_config(values: Mapping[str, Any], where: str) -> DecoderConfig:
     """The decoder's shape from the content of a `config.json`. Raises ConfigError naming the key at fault."""
     family = values.get("model_type")
+    if is_encoder(values):
+        raise ConfigError(
+            f"is a {family}, an encoder: embed and fill-mask use it; a decoder is needed here", where=where
+        )
     if family not in FAMILIES:
         raise ConfigError(f"model_type is {family!r:.80}; supported: {', '.join(FAMILIES)}", where=where)
     for key, allowed in _ONLY.items():
