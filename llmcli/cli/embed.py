@@ -32,6 +32,7 @@ _FILES: dict[str, Any] = {"cls": SectionOption, "section": "Files"}
 @click.option("-i", "--input", "source", metavar="FILE", help="A text a line, or JSON Lines; -: stdin.", **_FILES)
 @click.option("--text-field", default="text", show_default=True, help="Field of JSON Lines with the text.", **_FILES)
 @click.option("-o", "--output", metavar="FILE", help="To write: .jsonl, .npy or .safetensors.", **_FILES)
+@click.option("--attentions", metavar="FILE", help="Of a single text: who looks at whom, to .safetensors.", **_FILES)
 @overwrite_option
 @adapter_option
 @settings(EmbedConfig)
@@ -42,6 +43,7 @@ def embed(
     source: str | None,
     text_field: str,
     output: str | None,
+    attentions: str | None,
     overwrite: bool,
     embed_config: EmbedConfig,
 ) -> None:
@@ -59,9 +61,11 @@ def embed(
         raise UsageError("texts come from --input or as arguments, not both")
     if source is None and not texts and not stdin_is_piped():
         raise UsageError("give texts to embed, pipe them in, or name a file: --input FILE")
+    if attentions is not None and (len(texts) != 1 or texts == ("-",)):
+        raise UsageError("is of a single text: give one as an argument", where="--attentions")
     from llmcli.data.text_rows import read_lines, read_text_rows
     from llmcli.operations.embed import Embedder
-    from llmcli.operations.embed_file import embed_into, line_of, refuse_output
+    from llmcli.operations.embed_file import embed_into, line_of, refuse_output, write_attentions
 
     if output is not None:
         refuse_output(output, overwrite=overwrite)
@@ -71,6 +75,9 @@ def embed(
     else:
         given = texts if texts not in ((), ("-",)) else read_lines("-")
     embedder = Embedder(model, embed_config)
+    if attentions is not None:
+        tokens = write_attentions(embedder, texts[0], attentions, overwrite=overwrite)
+        notice(f"{attentions}: attention of {len(tokens):,} tokens (layer, head, query, key)")
     notice(embedder.described)
     left_out = 0
     if output is None:

@@ -53,7 +53,14 @@ class VectorFacts:
 class Embedder:
     """A model with its tokenizer, settled how it makes vectors."""
 
-    def __init__(self, model: Model, config: EmbedConfig = EmbedConfig()) -> None:  # noqa: B008  (frozen)
+    def __init__(
+        self,
+        model: Model,
+        config: EmbedConfig = EmbedConfig(),  # noqa: B008  (frozen)
+        *,
+        purposes: Sequence[str] = (),
+    ) -> None:
+        """`purposes`: of the model's prompts the first of these is taken, where the settings name none."""
         configs.check(config)
         self.name = str(model)
         self.place = find_model(model)
@@ -63,11 +70,11 @@ class Embedder:
             self.place, device=config.device, threads=config.threads, precision=config.precision
         )
         self.own = self.model.own or Pooling()
-        self.facts = _settled(self.model, self.own, config)
+        self.facts = _settled(self.model, self.own, config, purposes)
         self.several = config.layer == "all"
         self._before, self._behind = self.tokenizer.around
-        self._room = self.facts.longest - len(self._before) - len(self._behind)
-        if self._room < 1:
+        self.room = self.facts.longest - len(self._before) - len(self._behind)
+        if self.room < 1:
             raise UsageError(f"the model reads {self.facts.longest} tokens, which leaves no room for a text")
 
     @property
@@ -103,6 +110,12 @@ class Embedder:
             held.append(text)
             characters += len(text.text)
         yield from self._window(held)
+
+    def ids(self, text: str) -> Ids:
+        """A text's ids with what stands around it. Raises DataError where it is empty or too long."""
+        row = TextRow(text)
+        (piece,) = self._pieces(row, self._ids([row])[0])
+        return np.asarray([*self._before, *piece, *self._behind], np.int32)
 
     def vectors(self, texts: Sequence[str]) -> Floats:
         """The vectors of some texts: (texts, dimensions)."""
@@ -144,15 +157,15 @@ class Embedder:
         """The ids in as many pieces as are read, none of them longer than there is room."""
         if not text.text.strip() or not ids:
             raise DataError("the text is empty, so there is nothing to embed", where=text.where)
-        if len(ids) <= self._room:
+        if len(ids) <= self.room:
             return [ids]
         if self.config.chunk:
-            count = -(-len(ids) // self._room)
+            count = -(-len(ids) // self.room)
             ends = [len(ids) * (number + 1) // count for number in range(count)]
             return [ids[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
         if self.config.truncate:
-            return [ids[: self._room]]
-        size = len(ids) + self.facts.longest - self._room
+            return [ids[: self.room]]
+        size = len(ids) + self.facts.longest - self.room
         raise DataError(
             f"the text has {size:,} tokens, the model reads {self.facts.longest:,}; "
             "--truncate reads its begin, --chunk mean all of it in pieces",
@@ -201,7 +214,7 @@ def finished(vectors: Floats, facts: VectorFacts) -> Floats:
     return kept
 
 
-def _settled(model: VectorModel, own: Pooling, config: EmbedConfig) -> VectorFacts:
+def _settled(model: VectorModel, own: Pooling, config: EmbedConfig, purposes: Sequence[str]) -> VectorFacts:
     """What is made of the model's own ways and the settings. Raises UsageError for what does not fit."""
     mode = config.pooling or own.mode
     normalize = own.normalize if config.normalize is None else config.normalize
@@ -213,7 +226,8 @@ def _settled(model: VectorModel, own: Pooling, config: EmbedConfig) -> VectorFac
         raise UsageError("and --chunk exclude each other", where="--truncate")
     if config.dimensions is not None and config.dimensions > model.hidden_size:
         raise UsageError(f"is {config.dimensions:,}, the model has {model.hidden_size:,}", where="--dimensions")
-    prompt = config.prompt_name or own.prompt
+    meant = next((name for name in purposes if name in own.prompts), own.prompt)
+    prompt = config.prompt_name or meant
     if prompt is not None and prompt not in own.prompts:
         known = ", ".join(own.prompts) or "none"
         raise UsageError(f"the model has no prompt of the name {prompt!r}; it has: {known}", where="--prompt-name")

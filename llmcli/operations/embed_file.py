@@ -20,7 +20,7 @@ from llmcli.data.text_rows import TextRow
 from llmcli.errors import UsageError
 from llmcli.files.arrays import NpyRows, SafetensorsRows
 from llmcli.files.artefacts import Model
-from llmcli.files.atomic import refuse_existing, staged_file
+from llmcli.files.atomic import refuse_existing, staged_file, write_file
 from llmcli.operations.embed import Embedded, Embedder
 from llmcli.operations.records import Progress
 
@@ -91,6 +91,23 @@ def embed_into(
         if said is not None:
             said.write((json.dumps(facts, ensure_ascii=False, indent=2) + "\n").encode("utf-8", "backslashreplace"))
     yield EmbedReport(str(output), count, rows, left_out, facts)
+
+
+def write_attentions(embedder: Embedder, text: str, output: str | Path, *, overwrite: bool = False) -> list[str]:
+    """Writes how much each token of a text looks at each, as `attentions` (layer, head, query, key); gives the tokens.
+
+    The file is safetensors; its metadata hold model, text and tokens. Raises what `embed` raises.
+    """
+    from safetensors.numpy import save
+
+    if Path(output).suffix != ".safetensors":
+        raise UsageError("must end with .safetensors", where=str(output))
+    refuse_existing(output, overwrite=overwrite)
+    ids = embedder.ids(text)
+    tokens = [embedder.tokenizer.token(identity) for identity in ids]
+    facts = {"model": json.dumps(embedder.name), "text": json.dumps(text), "tokens": json.dumps(tokens)}
+    write_file(output, save({"attentions": embedder.model.attentions(ids)}, facts))
+    return tokens
 
 
 # ----------------------------------------------------------------------------------------------------------------

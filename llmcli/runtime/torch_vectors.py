@@ -8,8 +8,13 @@ import numpy as np
 import torch
 
 from llmcli.data.cores import available_cores
-from llmcli.files.artefacts import ModelPlace
+from llmcli.errors import UsageError
+from llmcli.files.artefacts import ModelPlace, read_json
+from llmcli.models.attentions import attentions
 from llmcli.models.decoder import Decoder
+from llmcli.models.encoder import Encoder
+from llmcli.models.encoder_config import is_encoder
+from llmcli.models.encoder_folder import load_encoder
 from llmcli.models.pooling import Pooling, pooled, read_pooling
 from llmcli.models.segments import segments_of
 from llmcli.runtime.torch_session import load_any, working_device
@@ -17,13 +22,13 @@ from llmcli.runtime.vectors import LAST, Floats, Ids
 
 
 class TorchVectors:
-    """A `VectorModel` over a Decoder."""
+    """A `VectorModel` over an Encoder or a Decoder."""
 
-    def __init__(self, model: Decoder, own: Pooling | None) -> None:
+    def __init__(self, model: Encoder | Decoder, own: Pooling | None) -> None:
         self.model, self.own = model, own
         self.hidden_size, self.layers = model.config.hidden_size, model.config.num_hidden_layers
-        self.longest = model.config.max_position_embeddings
-        self.causal = True
+        self.causal = isinstance(model, Decoder)
+        self.longest = model.config.longest if isinstance(model, Encoder) else model.config.max_position_embeddings
 
     @torch.inference_mode()
     def states(self, texts: Sequence[Ids], layers: Sequence[int]) -> list[Floats]:
@@ -38,6 +43,12 @@ class TorchVectors:
         found = [pooled(states, lengths, mode) for states in self._hidden(texts, layers)]
         vectors: Floats = torch.stack(found, 1).cpu().numpy()
         return vectors
+
+    def attentions(self, text: Ids) -> Floats:
+        """How much each token of a text looks at each: (layer, head, query, key)."""
+        ids = torch.from_numpy(text.astype(np.int64))[None].to(self.model.embedding.device)
+        found: Floats = attentions(self.model, ids).cpu().numpy()
+        return found
 
     def _hidden(self, texts: Sequence[Ids], layers: Sequence[int]) -> list[torch.Tensor]:
         """(N, C) of each layer, the texts one behind the other."""
@@ -59,5 +70,10 @@ def open_torch(place: ModelPlace, *, device: str, threads: int | None, precision
     device = working_device(device)
     torch.set_num_threads(threads or available_cores())
     narrow = precision == "bfloat16" or (precision == "auto" and device == "cuda")
-    model = load_any(place.folder, device, torch.bfloat16 if narrow else torch.float32, adapter=place.adapter)
-    return TorchVectors(model, read_pooling(place.texts) or read_pooling(place.folder))
+    dtype = torch.bfloat16 if narrow else torch.float32
+    own = read_pooling(place.texts) or read_pooling(place.folder)
+    if not is_encoder(read_json(place.folder / "config.json")):
+        return TorchVectors(load_any(place.folder, device, dtype, adapter=place.adapter), own)
+    if place.adapter is not None:
+        raise UsageError("goes on a decoder, and this is an encoder", where="--adapter")
+    return TorchVectors(load_encoder(place.folder, device, dtype), own)

@@ -38,6 +38,10 @@ class VectorModel(Protocol):
         """A vector a text and layer, pooled and not normalized: (texts, layers, C)."""
         ...
 
+    def attentions(self, text: Ids) -> Floats:
+        """How much each token of a text looks at each: (layer, head, query, key). UsageError where it cannot be had."""
+        ...
+
     def close(self) -> None:
         """Lets memory go."""
         ...
