@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from llmcli.config import ExportConfig as ExportConfig
     from llmcli.config import FinetuneConfig as FinetuneConfig
     from llmcli.config import GenerateConfig as GenerateConfig
+    from llmcli.config import IndexConfig as IndexConfig
     from llmcli.config import LabelledConfig as LabelledConfig
     from llmcli.config import LoraConfig as LoraConfig
     from llmcli.config import PreferTuneConfig as PreferTuneConfig
     from llmcli.config import PretrainConfig as PretrainConfig
     from llmcli.config import SamplingConfig as SamplingConfig
+    from llmcli.config import SearchConfig as SearchConfig
     from llmcli.config import SpeculationConfig as SpeculationConfig
     from llmcli.config import SummarizeConfig as SummarizeConfig
     from llmcli.config import SweepConfig as SweepConfig
@@ -62,6 +64,8 @@ if TYPE_CHECKING:
     from llmcli.operations.pretrain import plan_pretraining as plan_pretraining
     from llmcli.operations.pretrain import pretrain as pretrain
     from llmcli.operations.quickstart import quickstart as quickstart
+    from llmcli.operations.similar import Searcher as Searcher
+    from llmcli.operations.similar import index_files as index_files
     from llmcli.operations.summarize import summarize as summarize
     from llmcli.operations.sweep import sweep as sweep
     from llmcli.operations.tokenizer import tokenizer_info as tokenizer_info
@@ -74,7 +78,7 @@ _HOMES = {
         *("BenchConfig", "ChatConfig", "CompleteConfig", "ConstraintConfig", "ConvertConfig", "CorpusConfig"),
         *("EvaluateConfig", "ExportConfig", "GenerateConfig", "LabelledConfig", "PretrainConfig", "SamplingConfig"),
         *("ClassifyConfig", "ClassifyTuneConfig", "FinetuneConfig", "LoraConfig", "SpeculationConfig", "TextConfig"),
-        *("EmbedConfig",),
+        *("EmbedConfig", "IndexConfig", "SearchConfig"),
         *("AnswerConfig", "PreferTuneConfig", "SummarizeConfig", "SweepConfig", "TokenizerConfig"),
     ),
     "errors": ("LlmcliError",),
@@ -104,6 +108,7 @@ _HOMES = {
     "operations.prepare": ("prepare",),
     "operations.pretrain": ("plan_pretraining", "pretrain"),
     "operations.quickstart": ("quickstart",),
+    "operations.similar": ("Searcher", "index_files"),
     "operations.summarize": ("summarize",),
     "operations.sweep": ("sweep",),
     "operations.tokenizer": ("tokenizer_info", "train_tokenizer"),

@@ -47,3 +47,46 @@ class EmbedConfig:
     threads: int | None = setting(
         None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexConfig:
+    """How files become an index that is searched by meaning."""
+
+    chunk_tokens: int = setting(
+        128, "Files are cut into pieces of so many tokens at most.", group="Index", minimum=4, maximum=1 << 20
+    )
+    vectors: str = setting(
+        "float32",
+        "How vectors are kept; int8: a quarter of the size, scores within about 0.003.",
+        group="Index",
+        choices=("float32", "int8"),
+    )
+    pooling: str | None = setting(
+        None, "Of a model that names none (mean).", group="Index", choices=("cls", "mean", "last", "max")
+    )
+    dimensions: int | None = setting(
+        None, "Keep the first so many, for models that are trained for it.", group="Index", metavar="N", minimum=1
+    )
+    batch_tokens: int = setting(4096, "Tokens at once.", group="Machine", minimum=1, maximum=1 << 24)
+    device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = setting(
+        "auto",
+        "Of the computation; auto: float32 on the CPU, bfloat16 on CUDA.",
+        group="Machine",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    threads: int | None = setting(
+        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    """How an index is searched."""
+
+    count: int = setting(5, "How many pieces.", group="Search", aliases=("-n",), minimum=1, maximum=100_000)
+    device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
+    threads: int | None = setting(
+        None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024
+    )

@@ -104,6 +104,8 @@ finetune prefer runs/chat preferences.jsonl -o runs/preferred --max-steps 2 --th
 fill-mask -m bert-base-uncased "Paris is the [MASK] of France." --threads 1
 classify -m runs/first --adapter runs/adapter "A boat." --threads 1
 embed -m runs/first "Deep learning is fun." --pooling mean --threads 1
+similar index notes.txt -m runs/first -o notes-index --threads 1
+similar search notes-index "Where did the old man go?" -n 3 --threads 1
 finetune answer runs/first squad.json -o runs/answers --max-steps 2 --threads 1
 answer -m runs/answers --context boat.txt Where? --max-tokens 3 --threads 1
 finetune summarize runs/first pairs.jsonl -o runs/summaries --max-steps 2 --threads 1

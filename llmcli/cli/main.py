@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "chat": ("chat", "chat", "Talk with a model, turn by turn."),
     "complete": ("complete", "complete", "List the most probable completions of a prefix."),
     "embed": ("embed", "embed", "Turn texts into vectors, or into the hidden state of each of their tokens."),
+    "similar": ("similar", "similar", "Index files, and search them by meaning."),
     "convert": ("convert", "convert", "Convert a model of another program to a model folder."),
     "answer": ("answer", "answer", "Answer a question about a text."),
     "summarize": ("summarize", "summarize", "Summarize a text, section by section where it is long."),
