@@ -158,7 +158,9 @@ class CorpusConfig:
 class PretrainConfig:
     """How a model is pretrained. None means: decided from the rest, and written down in the run's config.toml."""
 
-    family: str = setting("qwen3", "Model family.", group="Model", choices=("qwen3", "llama", "gpt2"))
+    family: str = setting(
+        "qwen3", "Model family.", group="Model", choices=("qwen3", "llama", "qwen2", "mistral", "gpt2")
+    )
     preset: str | None = setting(
         None, "Shape by size, see the table; 4m where no shape is given.", group="Model", metavar="NAME"
     )

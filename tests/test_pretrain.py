@@ -84,7 +84,7 @@ MODEL_FILES = {
 }
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
+@pytest.mark.parametrize("family", ["qwen3", "llama", "qwen2", "mistral", "gpt2"])
 def test_a_corpus_becomes_a_model_that_transformers_opens(
     tmp_path: Path, corpus: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

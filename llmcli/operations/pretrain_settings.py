@@ -69,7 +69,7 @@ def _shape(config: PretrainConfig, vocabulary: int) -> DecoderConfig:
         max_position_embeddings=config.context or preset.context,
         norm_eps=1e-5 if gpt2 else 1e-6,
         tie_word_embeddings=config.tie_embeddings,
-        attention_bias=gpt2,
+        attention_bias=gpt2 or config.family == "qwen2",
         mlp_bias=gpt2,
     )
 
