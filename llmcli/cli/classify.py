@@ -16,11 +16,14 @@ from llmcli.errors import UsageError
 @click.command(cls=GroupedCommand)
 @click.argument("texts", metavar="[TEXT...|-]", nargs=-1)
 @click.option("-m", "--model", required=True, metavar="PATH", help="Classifier, or run that made one, to use.")
-@click.option("--input", "source", metavar="FILE", help="JSON, JSONL, CSV, TSV or parquet with the field text.")
+@click.option("--input", "source", metavar="FILE", help="Texts: JSON, JSONL, CSV, TSV, parquet, or a line each.")
+@click.option("--text-field", default="text", show_default=True, help="Its field, or the number of a column.")
 @adapter_option
 @settings(ClassifyConfig)
 @shared_options
-def classify(texts: tuple[str, ...], model: str, source: str | None, classify_config: ClassifyConfig) -> None:
+def classify(
+    texts: tuple[str, ...], model: str, source: str | None, text_field: str, classify_config: ClassifyConfig
+) -> None:
     """Give texts the label that a model has learnt, with its probability.
 
     Each TEXT is one; of piped text (or -) each line. Without --json a line holds label, probability and text, with tabs
@@ -37,7 +40,7 @@ def classify(texts: tuple[str, ...], model: str, source: str | None, classify_co
         raise UsageError("give texts to classify, pipe them in, or name a file: --input FILE")
     from llmcli.operations.classify import classify as run
 
-    given = _rows(source) if source is not None else iter(texts) if texts not in ((), ("-",)) else _lines()
+    given = _rows(source, text_field) if source is not None else iter(texts) if texts not in ((), ("-",)) else _lines()
     cut = 0
     for record in run(model, given, classify_config):
         cut += record.cut
@@ -58,10 +61,10 @@ def _lines() -> Iterator[str]:
             yield line.rstrip("\n")
 
 
-def _rows(source: str) -> Iterator[str]:
+def _rows(source: str, field: str) -> Iterator[str]:
     from llmcli.config import TextConfig
     from llmcli.data.readers import read_documents
 
-    for document in read_documents([source], TextConfig(split_on="line")):
+    for document in read_documents([source], TextConfig(text_field=field, split_on="line")):
         if document.text.strip():
             yield document.text.rstrip("\n")

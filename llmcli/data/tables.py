@@ -55,7 +55,7 @@ def _column_of(row: list[str], field: str, where: str) -> int:
     shown = ", ".join(repr(cell[:30]) for cell in row[:12])
     raise DataError(
         f"column {field!r} is missing; found: {shown} (choose with --text-field; where these are no names but data, "
-        "by the column's number)",
+        "by the column's number: --text-field 1)",
         where=where,
     )
 
