@@ -76,7 +76,8 @@ class ClassifyTask:
                 counts[label] = counts.get(label, 0) + 1
         if len(counts) < (1 if self.config.multi_label else 2):
             only = f"the label {next(iter(counts))!r}" if counts else "no label"
-            raise DataError(f"every example has {only}; two at least are needed to tell apart")
+            where = train[0].where.rpartition(":")[0] or None
+            raise DataError(f"every example has {only}; two at least are needed to tell apart", where=where)
         for row in validation:
             for label in row.wanted:
                 if label not in counts:
