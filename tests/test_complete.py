@@ -75,6 +75,21 @@ def counted(
     return {text: probability / (met if required else 1.0) for text, probability in results.items()}
 
 
+def test_a_prefix_stands_where_texts_begin(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = open_session(small, device="cpu", threads=1)
+    fed: list[int] = []
+    real = session.start
+    monkeypatch.setattr(session, "start", lambda prompts: (fed.append(prompts[0][0]), real(prompts))[1])
+    ended = load_tokenizer(small)
+    begun = make_tokenizer(tmp_path / "begun")
+    (begun / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "bos_token": "a"}))
+    tokenizer = load_tokenizer(begun)
+    for each, expected in ((ended, ended.eos_id), (tokenizer, tokenizer.bos_id)):
+        Completer(session, each).complete("The ", CompleteConfig(count=1, max_new_tokens=2))
+        assert fed.pop() == each.begin_id == expected
+    assert ended.eos_id != tokenizer.bos_id
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Probabilities
 

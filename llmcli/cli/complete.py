@@ -21,10 +21,10 @@ _ESCAPED = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})
 @settings(CompleteConfig)
 @shared_options
 def complete(prefix: tuple[str, ...], model: str, complete_config: CompleteConfig) -> None:
-    """List the most probable completions of a prefix.
+    """List the most probable completions of a prefix, which is taken for the begin of a text.
 
     A line each: the probability, a tab, and what comes after PREFIX, up to the end of a word or a line (spaces and line
-    ends before it are kept; line ends show as \n). The tokens of the last word of PREFIX may be chosen anew by the
+    ends before it are kept; line ends show as \\n). The tokens of the last word of PREFIX may be chosen anew by the
     model, so that a word that was begun goes on; the probabilities are those of texts that begin with PREFIX.
 
     \b

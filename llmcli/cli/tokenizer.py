@@ -99,7 +99,7 @@ def encode(text: tuple[str, ...], path: str, show: str, no_special: bool, lines:
     """Turn a text into token ids.
 
     The text is the argument, or what is piped, or both. The whole of stdin is one text, and not a byte of it is
-    stripped. Special tokens that occur in the text are text. Bytes that are no whole character show as \xe4.
+    stripped. Special tokens that occur in the text are text. Bytes that are no whole character show as \\xe4.
 
     \b
     Example:

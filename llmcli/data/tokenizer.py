@@ -94,6 +94,11 @@ class TextTokenizer:
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
     @property
+    def begin_id(self) -> int | None:
+        """The token after which a text begins: the one meant for it, else the one that ended the text before."""
+        return self.bos_id if self.bos_id is not None else self.eos_id
+
+    @property
     def kind(self) -> str:
         """The model's type: BPE, Unigram, WordPiece, WordLevel."""
         return str(self.files.content["model"].get("type") or type(self._plain.model).__name__)

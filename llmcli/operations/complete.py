@@ -62,18 +62,20 @@ class Completer:
         self._endings = functools.cache(lambda until: Endings(self.spelling, until))
 
     def complete(self, prefix: str, config: CompleteConfig = CompleteConfig()) -> Completions:  # noqa: B008  (frozen)
-        """The most probable completions of a prefix, which is taken for the begin of a text.
+        """The most probable completions of a prefix, which is taken for the begin of a text: it stands after the token
+        that every text of a corpus begins after. `generate` gives a model its prompt as its tokenizer makes it, as
+        transformers does, since a prompt may be a piece of any text.
 
         Raises UsageError where the prefix is longer than the context and `truncate` is not set.
         """
         configs.check(config)
         ids, taken = self._healed(prefix)
         table = self.spelling.table
-        begin = self.tokenizer.eos_id if self.tokenizer.eos_id is not None else self.tokenizer.bos_id
+        begin = self.tokenizer.begin_id
         prompt = [*([] if begin is None else [begin]), *ids]
         context, wanted = self.session.context, config.max_new_tokens + len(taken)
         if not prompt:
-            raise DataError("the tokenizer has no end-of-text token, so an empty prefix cannot be completed")
+            raise DataError("the tokenizer has no token that begins a text, so an empty prefix cannot be completed")
         left_out = 0
         if len(prompt) + len(taken) > context:
             if not config.truncate:

@@ -243,8 +243,7 @@ class _Scorer:
         self.stride = config.stride or max(1, self.context // 2)
         if self.stride > self.context:
             raise ConfigError(f"must be at most the context, {self.context}; is {self.stride}", where="stride")
-        begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-        self.begin = np.array([] if begin is None else [begin], np.int64)
+        self.begin = np.array([] if tokenizer.begin_id is None else [tokenizer.begin_id], np.int64)
         self.total = _Tally()
 
     def score(self, documents: Iterable[_Encoded], tally: _Tally) -> Iterator[None]:

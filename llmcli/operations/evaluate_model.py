@@ -30,7 +30,7 @@ class EvaluatedModel:
         self.model, self.name, self.config = model, str(model), config
         self.place = find_model(model)
         self.tokenizer: TextTokenizer = load_tokenizer(self.place.texts)
-        begin = self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id
+        begin = self.tokenizer.begin_id
         self.begin = [] if begin is None else [begin]  # what stands before a text
 
     @property

@@ -235,10 +235,9 @@ class Generator:
         tokenizer, context = self.tokenizer, self.session.context
         ids = tokenizer.encode(text, special=True)
         if not ids:
-            begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-            if begin is None:
+            if tokenizer.begin_id is None:
                 raise DataError("the tokenizer has no token that begins a text, so an empty prompt cannot be continued")
-            ids = [begin]
+            ids = [tokenizer.begin_id]
         if len(ids) <= context:
             return ids, 0
         if not config.truncate:

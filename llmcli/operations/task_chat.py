@@ -115,8 +115,7 @@ def _completion(tokenizer: TextTokenizer, prompt: str, completion: str) -> tuple
     """The prompt as `generate` encodes it, the completion as tokens of its own, the end token."""
     before = tokenizer.encode(prompt, special=True) if prompt else []
     if not before:  # something must stand before the first token that is learnt
-        first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-        before = [] if first is None else [first]
+        before = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
     after = tokenizer.encode(completion) + ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
     return before + after, [False] * len(before) + [True] * len(after)
 
