@@ -51,6 +51,12 @@ class ExportConfig:
         group="Export",
         choices=("ort", "portable"),
     )
+    head: str = setting(
+        "auto",
+        "Of an encoder: auto: the head that config.json names; base: none, so hidden states and the text's vector.",
+        group="Export",
+        choices=("auto", "base", "masked", "classifier", "span"),
+    )
     check: bool = setting(True, "Compare with the model in torch before the folder gets its name.", group="Check")
     max_perplexity_increase: float | None = setting(
         None,
@@ -67,6 +73,15 @@ class ExportConfig:
         metavar="PERCENT",
         above=0,
         maximum=100,
+    )
+    min_cosine: float | None = setting(
+        None,
+        "Mean cosine to float32's states and vectors below which a quantized encoder is refused (default: 0.97 int8, "
+        "0.9 int4).",
+        group="Check",
+        metavar="COSINE",
+        above=0,
+        maximum=1,
     )
     threads: int | None = setting(
         None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1

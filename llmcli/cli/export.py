@@ -12,6 +12,7 @@ from llmcli.config import ExportConfig, TextConfig
 
 if TYPE_CHECKING:
     from llmcli.operations.export import ExportReport
+    from llmcli.operations.export_encoder_check import EncoderCheckReport
 
 
 @click.command(cls=GroupedCommand)
@@ -26,7 +27,8 @@ def export(model: str, output: str, overwrite: bool, export_config: ExportConfig
     MODEL is a model folder or a run. The folder is compared with the model before it gets its name: logits, cached
     decoding, rows of unequal length, and for quantized weights perplexity and agreement with float32. Where they do
     not hold the exit code is 3 and nothing is left. generate, complete and evaluate take the folder as a model. Of a
-    classifier scores and labels are compared; classify and evaluate take it.
+    classifier scores and labels are compared; classify and evaluate take it. Of an encoder (BERT, RoBERTa, DistilBERT)
+    hidden states, vectors and its head's scores are compared on texts of many lengths.
 
     \b
     Example:
@@ -50,6 +52,7 @@ def export(model: str, output: str, overwrite: bool, export_config: ExportConfig
 
 def _show(report: ExportReport) -> None:
     from llmcli.cli.info import size
+    from llmcli.operations.export_encoder_check import EncoderCheckReport
     from llmcli.operations.export_scores import ScoreReport
 
     sizes = f"{size(report.source_bytes)} -> {size(report.size_bytes)}"
@@ -59,6 +62,8 @@ def _show(report: ExportReport) -> None:
         notice(f"labels       {100 * found.label_agreement:.2f} % of {found.texts:,} texts get the model's")
         notice(f"scores       differ by {found.score_difference:.3g} at most")
         notice(f"speed        {found.speed_before:,.0f} -> {found.speed_after:,.0f} tokens/s")
+    elif isinstance(found, EncoderCheckReport):
+        _show_encoder(found)
     elif found is not None:
         increase = found.perplexity_increase_percent
         notice(f"perplexity   {found.perplexity_before:.4f} -> {found.perplexity_after:.4f} ({increase:+.3f} %)")
@@ -66,3 +71,13 @@ def _show(report: ExportReport) -> None:
         notice(f"prefill      {found.prefill_before:,.0f} -> {found.prefill_after:,.0f} tokens/s")
         notice(f"decode       {found.decode_before:,.0f} -> {found.decode_after:,.0f} tokens/s")
     write_out(f"{report.output}\n")
+
+
+def _show_encoder(found: EncoderCheckReport) -> None:
+    cosines = f"mean {found.state_cosine:.6f}"
+    notice(f"states       cosine {cosines}, largest difference {found.state_difference:.3g}")
+    if found.vector_cosine is not None:
+        notice(f"vectors      cosine mean {found.vector_cosine:.6f}, least {found.least_vector_cosine:.6f}")
+    if found.head_agreement is not None:
+        notice(f"head         first choice equal in {100 * found.head_agreement:.2f} %")
+    notice(f"speed        {found.texts_before:,.0f} -> {found.texts_after:,.0f} texts/s")

@@ -16,8 +16,11 @@ import onnx_ir as ir
 from llmcli.errors import from_os_error
 from llmcli.files.artefacts import GRAPH, PREFILL
 from llmcli.models.config import DecoderConfig
+from llmcli.models.encoder_config import EncoderConfig
 from llmcli.onnx.classifier import ClassifierGraph, PortableClassifier
 from llmcli.onnx.decoder import DecoderGraph
+from llmcli.onnx.encoder import EncoderGraph, NewerGraph
+from llmcli.onnx.encoder_weights import EncoderWeights
 from llmcli.onnx.external import ExternalData
 from llmcli.onnx.families import Heads, ModelWeights
 from llmcli.onnx.graph import Graph
@@ -54,10 +57,31 @@ def write_graph(
             decoder = DecoderGraph(config, weights, second)
             yield from decoder.build()
             _write(decoder.finished(), folder / PREFILL)
-    matrices = [*graph.matrices.values(), *second.matrices.values()]
+    yield _figures(graph, second)
+
+
+def write_encoder(
+    source: Path, config: EncoderConfig, plan: Plan, folder: Path, *, kind: str, pooling: str, normalize: bool
+) -> Iterator[int | GraphFigures]:
+    """Writes the graph of the encoder in `source` into the staged `folder`; yields as `write_graph` does.
+
+    `kind`: base, masked, classifier or span. `pooling` and `normalize`: how a base makes vectors.
+    """
+    weights = EncoderWeights(config, Weights(source))
+    with ExternalData(folder / f"{GRAPH}.data") as data:
+        graph = NewerGraph(plan, data)
+        encoder = EncoderGraph(config, weights, graph, kind=kind, pooling=pooling, normalize=normalize)
+        yield from encoder.build()
+        _write(encoder.finished(), folder / GRAPH)
+    yield _figures(graph)
+
+
+def _figures(*graphs: Graph) -> GraphFigures:
+    """Of graphs over the same data, the first of which holds every matrix."""
+    matrices = [matrix for graph in graphs for matrix in graph.matrices.values()]
     kinds = Counter(str(scheme) for _, _, scheme in matrices)
-    weights_of_graph = sum(item[0] for item in graph.matrices.values())
-    yield GraphFigures(weights_of_graph, sum(item[1] for item in matrices), dict(kinds))
+    weights = sum(item[0] for item in graphs[0].matrices.values())
+    return GraphFigures(weights, sum(item[1] for item in matrices), dict(kinds))
 
 
 def _decoder(config: DecoderConfig, weights: ModelWeights, graph: Graph, labels: int | None) -> DecoderGraph:

@@ -169,14 +169,38 @@ class Graph:
         return found[0] if len(found) == 1 else self.op("Concat", found, f"{name}.all", axis=-1)
 
     def _channel_product(self, x: ir.Value, matrix: Matrix, bias: ir.Value | None, name: str) -> ir.Value:
+        given = [x, *self._channels(matrix), bias]
+        return self.op("DynamicQuantizeMatMul", given if bias else given[:-1], name, domain=MICROSOFT)
+
+    def _channels(self, matrix: Matrix) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """int8 codes (inputs, outputs), a scale an output and zero points of a matrix, made once."""
         stem = f"{matrix.name}.weight"
         if self._known(f"{stem}.int8") is None:
             found = round_channels(matrix.rows(0, matrix.shape[0]))
             held = [self.constant(f"{stem}.int8", found.data), self.constant(f"{stem}.scale", found.scales)]
             held.append(self.constant(f"{stem}.zero", np.zeros(matrix.shape[0], np.int8)))
             self._account(matrix.name, math.prod(matrix.shape), Scheme(CHANNELS, 8), *held)
-        given = [x, *(self._constants[f"{stem}.{part}"] for part in ("int8", "scale", "zero")), bias]
-        return self.op("DynamicQuantizeMatMul", given if bias else given[:-1], name, domain=MICROSOFT)
+        codes, scales, zeros = (self._constants[f"{stem}.{part}"] for part in ("int8", "scale", "zero"))
+        return codes, scales, zeros
+
+    def products(self, x: ir.Value, wanted: Sequence[tuple[Matrix, Array | None, str]], name: str) -> list[ir.Value]:
+        """x W^T + bias for several matrices, their biases and names: x is quantized once for all that take it so.
+
+        The same as `linear` computes; from a few rows up two nodes are faster than DynamicQuantizeMatMul (docs/log.md).
+        """
+        taken: list[ir.Value] = []
+        found = []
+        for matrix, bias, label in wanted:
+            if self.plan.parts(matrix.name, matrix.shape)[-1][1].kind != CHANNELS:
+                found.append(self.linear(x, matrix, bias, label))
+                continue
+            if not taken:
+                taken = list(self.node("DynamicQuantizeLinear", [x], f"{name}.int8", outputs=3))
+            weight, scale, zero = self._channels(matrix)
+            added = None if bias is None else self.vector(f"{label}.bias", bias)
+            given = [taken[0], weight, taken[1], scale, taken[2], zero, added]
+            found.append(self.op("MatMulIntegerToFloat", given if added else given[:6], label, domain=MICROSOFT))
+        return found
 
     def embedded(self, ids: ir.Value, matrix: Matrix, name: str) -> ir.Value:
         """The rows of an embedding (vocabulary, C) at the ids."""

@@ -41,6 +41,10 @@ class Weights:
         """All of them, in the order of the files."""
         return list(self._places)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The sizes of a tensor that is there."""
+        return self._places[name][1].shape
+
     def size(self) -> int:
         """Bytes of all tensors as they are stored."""
         return sum(entry.end - entry.start for _, entry in self._places.values())

@@ -22,6 +22,7 @@ from llmcli.files.atomic import refuse_existing, staged_folder, write_file, writ
 from llmcli.files.manifest import read_manifest, sha256_of, versions, write_manifest
 from llmcli.files.tensors import tensors_of, weight_files
 from llmcli.models.config import DecoderConfig, read_config
+from llmcli.models.encoder_config import is_encoder
 from llmcli.models.labels import is_classifier, labels_of
 from llmcli.operations.export_text import ReferenceText
 from llmcli.operations.records import Progress
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from llmcli.onnx.folder import GraphFigures
     from llmcli.onnx.quantize import Plan, Quantizer
     from llmcli.operations.export_check import CheckReport
+    from llmcli.operations.export_encoder_check import EncoderCheckReport
     from llmcli.operations.export_scores import ScoreReport
 
 CONFIG, GENERATION, GENAI, REPORT = "config.json", "generation_config.json", "genai_config.json", "export.json"
@@ -56,7 +58,7 @@ class ExportReport:
     size_bytes: int  # of the graph and its data
     source_bytes: int  # of the model's weights
     seconds: float  # without the checks
-    checks: CheckReport | ScoreReport | None
+    checks: CheckReport | ScoreReport | EncoderCheckReport | None
 
 
 def export(
@@ -77,6 +79,13 @@ def export(
     began = time.perf_counter()
     folder = resolve_model(model, onnx=False)
     settings = read_json(folder / CONFIG)
+    if is_encoder(settings):
+        from llmcli.operations.export_encoder import export_encoder
+
+        yield from export_encoder(folder, settings, output, config, text, overwrite=overwrite)
+        return
+    if config.head != "auto" or config.min_cosine is not None:
+        raise ConfigError("is meant for encoders", where="head" if config.head != "auto" else "min_cosine")
     shape = read_config(settings, str(folder / CONFIG))
     labels = len(labels_of(settings, str(folder / CONFIG))) if is_classifier(settings) else None
     if labels is not None:
@@ -164,7 +173,7 @@ def _exported(
         content = dataclasses.asdict(report)
         del content["output"]
         write_json(staged / REPORT, {"settings": dataclasses.asdict(config), "matrices": figures.kinds, **content})
-        write_manifest(staged, _lineage(folder, source.tokenizer))
+        write_manifest(staged, lineage(folder, source.tokenizer))
     return report
 
 
@@ -276,7 +285,7 @@ def _write_files(source: _Source, staged: Path, *, genai: bool) -> None:
         write_json(staged / GENAI, genai_config(source.shape, ids))
 
 
-def _lineage(folder: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
+def lineage(folder: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
     """Where the folder comes from: the model's files by their hashes."""
     if has_manifest(folder):
         files = {name: entry["sha256"] for name, entry in read_manifest(folder)["files"].items()}

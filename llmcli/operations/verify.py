@@ -243,6 +243,9 @@ def _onnx_config(folder: Path, graphs: Sequence[Path]) -> Iterator[str]:
 
     try:
         said = artefacts.read_json(folder / "config.json")
+        if is_encoder(said):
+            yield from _encoder_graph(folder, said, graphs)
+            return
         config = read_config(said, str(folder / "config.json"))
     except LlmcliError:
         yield from _tokenizer(folder)
@@ -260,6 +263,19 @@ def _onnx_config(folder: Path, graphs: Sequence[Path]) -> Iterator[str]:
         for what, found, wanted in (*expected, ("tokens of context", context, config.max_position_embeddings)):
             if found != wanted:
                 yield f"{path.name}: {found} {what}, config.json says {wanted}"
+
+
+def _encoder_graph(folder: Path, said: Mapping[str, Any], graphs: Sequence[Path]) -> Iterator[str]:
+    """The config against the tokenizer and the graph, which must be an encoder's."""
+    from llmcli.models.encoder_config import read_encoder_config
+    from llmcli.runtime.encoder_session import read_facts
+
+    config = read_encoder_config(said, str(folder / "config.json"))
+    yield from _special_ids(folder, config.vocab_size)
+    for path in graphs:
+        context = read_facts(path).context
+        if context != config.longest:
+            yield f"{path.name}: {context} tokens of context, config.json says {config.longest}"
 
 
 def _constant_problems(graph: Path) -> Iterator[str]:
