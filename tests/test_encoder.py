@@ -114,23 +114,23 @@ def drawn(family: str = "bert", **changes: Any) -> Encoder:
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 38), min_size=1, max_size=7), st.booleans(), st.sampled_from(sorted(NAMES)))
-def test_side_by_side_is_as_alone(lengths: list[int], equal: bool, family: str) -> None:
+def test_side_by_side_is_as_alone(lengths: list[int], shared: bool, family: str) -> None:
     model = drawn(family).eval()
     ids = torch.randint(5, VOCABULARY, (1, sum(lengths)), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        packed = model.hidden(ids, segments=segments_of(lengths, equal=equal))
+        packed = model.hidden(ids, segments=segments_of(lengths, shared=shared))
         alone = torch.cat([model.hidden(row) for row in ids.split(lengths, 1)], 1)
     assert (packed - alone).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("equal", [False, True])
-def test_gradients_side_by_side_are_those_of_a_batch(equal: bool) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_side_by_side_are_those_of_a_batch(shared: bool) -> None:
     model = drawn().eval()  # without dropout
     ids, mask, types = batch()
     weights = torch.randn(sum(LENGTHS), 16, generator=torch.Generator().manual_seed(2))
     parameters = list(model.parameters())
     whole = model.hidden(ids, mask=mask, types=types)[mask]
-    packed = model.hidden(ids[mask][None], segments=segments_of(LENGTHS, equal=equal), types=types[mask][None])[0]
+    packed = model.hidden(ids[mask][None], segments=segments_of(LENGTHS, shared=shared), types=types[mask][None])[0]
     theirs = torch.autograd.grad((whole * weights).sum(), parameters)
     for ours, wanted in zip(torch.autograd.grad((packed * weights).sum(), parameters), theirs, strict=True):
         assert (ours - wanted).abs().max() <= 1e-4 * max(1.0, float(wanted.abs().max()))

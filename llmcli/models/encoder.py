@@ -209,7 +209,7 @@ class Encoder(nn.Module):
             yield x
 
     def _embedded(self, ids: Tensor, segments: Segments | None, types: Tensor | None) -> Tensor:
-        length = ids.size(1) if segments is None else max((longest for _, longest in segments.groups), default=0)
+        length = ids.size(1) if segments is None else segments.longest
         if length > self.config.longest:
             raise DataError(f"a text has {length} tokens, the model has positions for {self.config.longest}")
         first = self.config.first_position
@@ -224,8 +224,9 @@ class Encoder(nn.Module):
         heads = self.config.num_attention_heads
         dropout = self.config.attention_dropout if self.training else 0.0
         if segments is not None:
-            return partial(attend_both_apart, heads=heads, segments=segments, dropout=dropout)
-        return partial(attend_both, heads=heads, mask=mask, dropout=dropout)
+            return partial(attend_both_apart, heads=heads, segments=segments, masks=segments.masks(), dropout=dropout)
+        seen = None if mask is None else mask[:, None, None, :]
+        return partial(attend_both, heads=heads, mask=seen, dropout=dropout)
 
     def pooled(self, first: Tensor) -> Tensor:
         """BERT's pooled output of texts, from the last hidden states of their first tokens: (R, C) -> (R, C)."""

@@ -218,11 +218,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 def attend_both(parts: Tensor, heads: int, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """Attention to every token. parts (B, T, 3 C): query, key and value side by side -> (B, T, C).
 
-    `mask` (B, T): True where there is a token to attend to. `dropout`: the rate at which probabilities are dropped.
+    `mask` (B, 1, 1 or T, T): True where a token attends to another. `dropout`: the share of probabilities dropped.
     """
     query, key, value = split_heads(parts, heads)
-    seen = None if mask is None else mask[:, None, None, :]
-    found = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, dropout_p=dropout)
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     return found.transpose(1, 2).flatten(2)
 
 
