@@ -20,6 +20,7 @@ from llmcli.models.encoder import Encoder, EncoderClassifier, MaskedLM, SpanRead
 from llmcli.models.encoder_config import EncoderConfig, read_encoder_config
 from llmcli.models.encoder_folder import encoder_labels, load_encoder, save_encoder
 from llmcli.models.folder import load_model
+from llmcli.models.ops import PackedLinear
 from llmcli.models.segments import segments_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -155,6 +156,30 @@ def test_a_text_longer_than_the_positions_is_an_error_with_both_lengths() -> Non
             model.hidden(torch.full((1, 39), 5))
         with pytest.raises(DataError, match="39 tokens, the model has positions for 38"):
             model.hidden(torch.full((1, 42), 5), segments=segments_of([3, 39]))
+
+
+@pytest.mark.skipif(not PackedLinear.works(), reason="the CPU does not multiply bfloat16")
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+def test_packed_products_are_those_of_the_weights(activation: str, tmp_path: Path) -> None:
+    model = drawn(activation=activation).eval()
+    save_encoder(model, tmp_path, special_ids={})
+    packed = load_encoder(tmp_path, dtype=torch.bfloat16)
+    assert all(layer.packed for layer in packed.layers)
+    plain = load_encoder(tmp_path, dtype=torch.bfloat16)
+    for layer in plain.layers:
+        layer.packed = None
+    ids, mask, _ = batch()
+    with torch.no_grad():
+        wide = model.hidden(ids, mask=mask)[mask]
+        errors = [(each.hidden(ids, mask=mask)[mask].float() - wide).abs().mean() for each in (packed, plain)]
+        assert errors[0] <= 1.2 * errors[1]
+        assert errors[0] < 0.02
+        for each in (packed, plain):  # weights that change are followed
+            each.layers[1].parts.up.weight.mul_(2.0)
+        assert (packed.hidden(ids, mask=mask) - plain.hidden(ids, mask=mask))[mask].abs().mean() < 0.02
+    packed.requires_grad_(True)
+    packed.hidden(ids, mask=mask).float().sum().backward()
+    assert packed.layers[0].parts.query.weight.grad is not None
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llmcli.errors import DataError
 from llmcli.models.encoder_config import EncoderConfig
-from llmcli.models.ops import Embedding, LayerNorm, Linear, attend_both, joined
+from llmcli.models.ops import Embedding, LayerNorm, Linear, PackedLinear, attend_both, joined
 from llmcli.models.segments import Segments, attend_both_apart
 
 Attend = Callable[[Tensor], Tensor]  # query, key and value of every token, side by side (B, T, 3 C) -> (B, T, C)
@@ -67,11 +67,24 @@ class Layer(nn.Module):
         )
         for name, child in (_distil_names if config.model_type == "distilbert" else _bert_names)(self.parts):
             self.add_module(name, child)
-        self.activation = _ACTIVATIONS[config.activation]
+        self.activation_name, self.activation = config.activation, _ACTIVATIONS[config.activation]
         self.dropout = config.hidden_dropout
+        self.packed: tuple[PackedLinear, ...] | None = None
+
+    def pack(self) -> None:
+        """Lays the weights out for inference in bfloat16 on the CPU."""
+        parts = self.parts
+        qkv = PackedLinear(parts.query, parts.key, parts.value)
+        self.packed = (qkv, *(PackedLinear(each) for each in (parts.out, parts.up, parts.down)))
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:  # (B, T, C) -> (B, T, C)
         parts = self.parts
+        if self.packed and not (self.training or torch.is_grad_enabled()) and all(e.fits(x) for e in self.packed):
+            qkv, out, up, down = self.packed
+            x = parts.norm(out(attend(qkv(x))).add_(x))
+            fused = PackedLinear.fuses(self.activation_name)
+            inner = up(x, self.activation_name) if fused else self.activation(up(x))
+            return parts.last_norm(down(inner).add_(x))
         attended = parts.out(attend(joined(x, parts.query, parts.key, parts.value)))
         x = parts.norm(x + F.dropout(attended, self.dropout, self.training))
         changed = parts.down(self.activation(parts.up(x)))

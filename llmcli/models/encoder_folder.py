@@ -19,6 +19,7 @@ from llmcli.files.safetensors_header import TensorEntry
 from llmcli.files.tensors import load_weights, save_weights, tensors_of
 from llmcli.models.encoder import Encoder, EncoderClassifier, MaskedLM, SpanReader, build_encoder
 from llmcli.models.encoder_config import EncoderConfig, kind_of_head, read_encoder_config, write_encoder_config
+from llmcli.models.ops import PackedLinear
 
 T = TypeVar("T")
 
@@ -162,6 +163,9 @@ def load_encoder(
     if dtype is not None:
         kept = {name: tensor.to(dtype) for name, tensor in kept.items()}
     model.load_state_dict(kept, assign=True)
+    if device == "cpu" and model.embedding.dtype == torch.bfloat16 and PackedLinear.works():
+        for layer in model.layers:
+            layer.pack()  # type: ignore[operator]
     return model.eval().requires_grad_(False)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -196,6 +196,49 @@ def joined(x: Tensor, *maps: Linear) -> Tensor:
     biases: list[Tensor] = [each.bias for each in maps if each.bias is not None]
     weight = torch.cat(weights).to(x.dtype)
     return F.linear(x, weight, torch.cat(biases).to(x.dtype) if biases else None)
+
+
+class PackedLinear:
+    """Linear maps of one input as one product in bfloat16 on the CPU, the weights laid out for its kernel once.
+
+    The layout would else be made anew for each product. Bias and activation are part of the product.
+    """
+
+    _FUSED: ClassVar = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
+
+    def __init__(self, *maps: Linear) -> None:
+        self._maps = maps
+        self._packed_from = [(each.weight, each.weight._version) for each in maps]
+        weight = torch.cat([each.weight.detach() for each in maps])
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self._bias = torch.cat([each.bias.detach() for each in maps])
+
+    @staticmethod
+    def works() -> bool:
+        """Whether this machine's CPU multiplies bfloat16 itself, and torch has the kernels."""
+        return bool(torch._C._has_mkldnn) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether the input is one to multiply, and the maps still are what they were when they were packed."""
+        return (
+            x.dtype == torch.bfloat16
+            and x.device.type == "cpu"
+            and all(
+                each.adapter is None and each.weight is weight and weight._version == version
+                for each, (weight, version) in zip(self._maps, self._packed_from, strict=True)
+            )
+        )
+
+    def __call__(self, x: Tensor, activation: str | None = None) -> Tensor:
+        """The product, and of it the activation; which must be one of those that `fuses` names."""
+        name, algorithm = self._FUSED[activation] if activation else ("none", "")
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, name, [], algorithm)
+        return made
+
+    @classmethod
+    def fuses(cls, activation: str) -> bool:
+        """Whether an activation can be part of the product."""
+        return activation in cls._FUSED
 
 
 def adapted(x: Tensor, *maps: Linear | Conv1D) -> Tensor:
