@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,12 @@ def test_a_model_that_cannot_fill_is_refused(bert: Path, tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps({**settings, "model_type": "gpt2"}))
     with pytest.raises(DataError, match="is a 'gpt2', which has no mask"):
         MaskFiller(tmp_path)
+
+
+def test_the_mask_is_found_where_the_settings_do_not_name_it(bert: Path, tmp_path: Path) -> None:
+    shutil.copytree(bert, tmp_path / "old")
+    (tmp_path / "old" / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    assert list(fill_mask(tmp_path / "old", TEXT)) == list(fill_mask(bert, TEXT))
 
 
 def test_the_command_prints_lines_and_json(bert: Path) -> None:

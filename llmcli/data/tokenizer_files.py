@@ -224,7 +224,8 @@ def role_tokens(files: TokenizerFiles, known: Mapping[str, int]) -> dict[str, st
     for role in ROLES:
         value = files.config.get(f"{role}_token")
         token = value.get("content") if isinstance(value, dict) else value
-        if token is None and not files.config:
+        # The settings of old BERTs do not name their frame.
+        if token is None and (role in _FRAME or not files.config):
             token = next((name for name in _CUSTOMARY.get(role, ()) if name in known), None)
         if token is not None and (not isinstance(token, str) or token not in known):
             if role in _FRAME:

@@ -16,15 +16,13 @@ import torch
 from llmcli import settings as configs
 from llmcli.config_generation import FillMaskConfig
 from llmcli.data.cores import available_cores
-from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
+from llmcli.data.tokenizer import load_tokenizer
 from llmcli.errors import DataError, UsageError
 from llmcli.files.artefacts import Model, find_model, read_json
 from llmcli.models.encoder_config import is_encoder
 from llmcli.models.encoder_folder import load_encoder
 from llmcli.runtime.torch_session import working_device
 from llmcli.training.packing import pack
-
-_CUSTOMARY = ("[MASK]", "<mask>")  # where no settings name the mask
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,7 +56,9 @@ class MaskFiller:
             told = f"is a {values.get('model_type')!r:.80}, which has no mask: an encoder is needed"
             raise DataError(told, where=str(place.folder))
         self.tokenizer = load_tokenizer(place.texts)
-        self.mask, self.mask_id = _mask_of(self.tokenizer)
+        if self.tokenizer.mask_id is None:
+            raise DataError("the tokenizer has no mask token", where=self.tokenizer.files.where)
+        self.mask_id, self.mask = self.tokenizer.mask_id, self.tokenizer.token(self.tokenizer.mask_id)
         device = working_device(config.device)
         torch.set_num_threads(config.threads or available_cores())
         self.model = load_encoder(
@@ -110,17 +110,6 @@ class MaskFiller:
             shown = self.tokenizer.token_text(identity)
             filled = (before.rstrip() + shown + after).lstrip()
         return Candidate(shown.strip() or shown, identity, probability, filled)
-
-
-def _mask_of(tokenizer: TextTokenizer) -> tuple[str, int]:
-    """The mask's token and id: what the tokenizer's settings name, else what is customary."""
-    said = tokenizer.config.get("mask_token")
-    named = said.get("content") if isinstance(said, dict) else said
-    for token in (named,) if isinstance(named, str) else _CUSTOMARY:
-        identity = tokenizer.id_of(token)
-        if identity is not None:
-            return token, identity
-    raise DataError("the tokenizer has no mask token", where=tokenizer.files.where)
 
 
 def fill_mask(

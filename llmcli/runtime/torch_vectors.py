@@ -54,7 +54,8 @@ class TorchVectors:
         """(N, C) of each layer, the texts one behind the other."""
         device = self.model.embedding.device
         ids = torch.from_numpy(np.concatenate(texts).astype(np.int64))[None].to(device)
-        segments = segments_of([len(text) for text in texts]).to(device)
+        shared = device.type == "cpu" and not self.causal
+        segments = segments_of([len(text) for text in texts], shared=shared).to(device)
         if all(layer in (LAST, self.layers) for layer in layers):
             last = self.model.hidden(ids, segments=segments)[0]
             return [last] * len(layers)
