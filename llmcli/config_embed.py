@@ -58,7 +58,7 @@ class IndexConfig:
     )
     vectors: str = setting(
         "float32",
-        "How vectors are kept; int8: a quarter of the size, scores within about 0.003.",
+        "How vectors are kept; int8: a fifth of the size, scores within about 0.003.",
         group="Index",
         choices=("float32", "int8"),
     )

@@ -54,6 +54,13 @@ def write_one(place: Path) -> None:
     atomic.write_file(place / "deep" / "file.txt", NEW)
 
 
+def write_rows(place: Path) -> None:
+    with atomic.staged_file(place / "deep" / "file.txt", overwrite=True) as file:
+        file.write(b"0" + NEW[1:].encode())
+        file.seek(0)
+        file.write(NEW[:1].encode())
+
+
 def write_folder(place: Path) -> None:
     with atomic.staged_folder(place / "deep" / "folder", overwrite=True) as folder:
         (folder / "a.txt").write_text(NEW)
@@ -84,6 +91,8 @@ def content(place: Path) -> dict[str, str]:
 CASES = [
     pytest.param(nothing, write_one, id="new-file"),
     pytest.param(old_file, write_one, id="replaced-file"),
+    pytest.param(nothing, write_rows, id="new-rows"),
+    pytest.param(old_file, write_rows, id="replaced-rows"),
     pytest.param(nothing, write_folder, id="new-folder"),
     pytest.param(old_folder, write_folder, id="replaced-folder"),
 ]
@@ -136,7 +145,7 @@ KILLER = """
 
 
 @pytest.mark.parametrize("exchange", ["with-exchange", "without-exchange"])
-@pytest.mark.parametrize(("before", "write"), [CASES[1], CASES[3]])
+@pytest.mark.parametrize(("before", "write"), [CASES[1], CASES[-1]])
 def test_a_kill_at_any_call_leaves_old_or_new_whole_and_the_next_run_cleans_up(
     tmp_path: Path, before: Callable[[Path], None], write: Callable[[Path], None], exchange: str
 ) -> None:

@@ -15,9 +15,9 @@ from small_vectors import make_encoder
 
 from llmcli.config import IndexConfig, SearchConfig
 from llmcli.errors import DataError, UsageError
-from llmcli.files.vector_index import StoredIndex
+from llmcli.files.vector_index import StoredIndex, to_bytes
 from llmcli.models.pooling import Pooling
-from llmcli.operations.nearest import Nearest, to_bytes
+from llmcli.operations import nearest
 from llmcli.operations.similar import IndexReport, Searcher, index_files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -139,7 +139,7 @@ def test_what_is_no_text_is_skipped_or_told(model: Path, texts: Path, tmp_path: 
         index(bare, model, texts)
 
 
-@pytest.mark.parametrize("damage", ["vectors.npy", "pieces.npy", "index.json"])
+@pytest.mark.parametrize("damage", ["vectors.npy", "bytes.npy", "pieces.npy", "index.json"])
 def test_a_damaged_index_is_told(model: Path, texts: Path, tmp_path: Path, damage: str) -> None:
     index(texts, model, tmp_path / "index")
     path = tmp_path / "index" / damage
@@ -150,22 +150,28 @@ def test_a_damaged_index_is_told(model: Path, texts: Path, tmp_path: Path, damag
         StoredIndex(texts)
 
 
-@pytest.mark.parametrize("as_bytes", [False, True])
-def test_nothing_is_missed_over_the_ends_of_blocks(as_bytes: bool) -> None:
+@pytest.mark.parametrize("kind", ["spread", "clustered", "alike"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_nothing_is_missed_however_near_the_vectors_are(
+    kind: str, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     random = np.random.default_rng(0)
     vectors = random.standard_normal((20_000, 24), dtype=np.float32)
+    if kind != "spread":
+        centres = 20 * random.standard_normal((40 if kind == "clustered" else 1, 24), dtype=np.float32)
+        vectors += centres[random.integers(0, len(centres), len(vectors))]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    query = random.standard_normal(24, dtype=np.float32)
-    query /= np.linalg.norm(query)
-    rows, steps = to_bytes(vectors) if as_bytes else (vectors, None)
-    places, scores = Nearest(rows, steps, threads=1).search(query, 50)
-    true = vectors @ query
-    assert np.allclose(scores, true[places], atol=0.01 if as_bytes else 1e-6)
-    expected = np.argsort(-true)[:50]
-    if as_bytes:
-        assert len(set(places) & set(expected)) >= 48
-    else:
-        assert places.tolist() == expected.tolist()
+    codes, steps = to_bytes(vectors)
+    assert np.abs((codes.astype(np.float32) - 128) * steps[:, None] - vectors).max() <= steps.max() / 2 + 1e-6
+    monkeypatch.setattr(nearest, "_BLOCK", 1 << 17)  # several blocks
+    opened = nearest.Nearest(codes, steps, vectors if exact else None, threads=1)
+    for query in vectors[:5] + np.float32(0.01):
+        query /= np.linalg.norm(query)
+        places, scores = opened.search(query, 50)
+        true = vectors @ query
+        assert np.allclose(scores, true[places], atol=1e-6 if exact else 0.02)
+        if exact:
+            assert np.allclose(scores, np.sort(true)[::-1][:50], atol=1e-6)
 
 
 def test_the_commands_show_places_and_scores(model: Path, texts: Path, tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 Invariant: what is opened is one index, whole: as many vectors as pieces, and as many of both as `index.json` says.
 
-`index.json` says what it was made of and how; `vectors.npy` holds a row a piece (float32; of int8 bytes, 128 for 0,
-with `steps.npy`), `pieces.jsonl` a line a piece, `pieces.npy` where each line begins.
+`index.json` says what it was made of and how; `vectors.npy` holds a row a piece, `bytes.npy` the same as bytes and
+`steps.npy` what one of a row's bytes is worth; `pieces.jsonl` a line a piece, `pieces.npy` where each line begins.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from llmcli.files.artefacts import read_json
 
 INDEX = "index.json"
 FORMAT, VERSION = "llmcli-index", 1
-_ARRAYS = {"vectors.npy": "vectors", "steps.npy": "steps", "pieces.npy": "places"}
+ZERO = 128  # the byte that stands for 0
+_EXACT = "vectors.npy"  # which an index of bytes alone has not
+_ARRAYS = {_EXACT: "vectors", "bytes.npy": "codes", "steps.npy": "steps", "pieces.npy": "places"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,40 +39,55 @@ class Piece:
     text: str
 
 
+def to_bytes(vectors: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """Rows as bytes, and each one's step: (n, C) -> (n, C), (n,). A row is (bytes - 128) x step, within half a step."""
+    steps = np.maximum(np.abs(vectors).max(axis=1), 1e-30) / 127
+    return (np.rint(vectors / steps[:, None]) + ZERO).astype(np.uint8), steps.astype(np.float32)
+
+
 class IndexWriter:
     """Writes an index into a staged folder, piece by piece."""
 
-    def __init__(self, folder: Path, dimensions: int, *, as_bytes: bool) -> None:
-        self.folder = folder
-        self.pieces = 0
-        self._end = 0
-        self._files = [open(folder / name, "xb") for name in ("vectors.npy", "pieces.npy", "pieces.jsonl")]  # noqa: SIM115
-        vectors, places, self._lines = self._files
-        self._vectors = NpyRows(vectors, (dimensions,), "uint8" if as_bytes else "float32")
-        self._places = NpyRows(places, (), "int64")
-        self._steps: NpyRows | None = None
-        if as_bytes:
-            self._files.append(open(folder / "steps.npy", "xb"))  # noqa: SIM115
-            self._steps = NpyRows(self._files[-1], (), "float32")
+    def __init__(self, folder: Path, dimensions: int, *, exact: bool) -> None:
+        """`exact`: the vectors themselves too, beside their bytes."""
+        self.folder, self.pieces, self._end = folder, 0, 0
+        rows: dict[str, tuple[tuple[int, ...], str]] = {
+            _EXACT: ((dimensions,), "float32"),
+            "bytes.npy": ((dimensions,), "uint8"),
+        }
+        rows |= {"steps.npy": ((), "float32"), "pieces.npy": ((), "int64")}
+        if not exact:
+            del rows[_EXACT]
+        self._files = {name: open(folder / name, "xb") for name in (*rows, "pieces.jsonl")}  # noqa: SIM115
+        self._arrays = {name: NpyRows(self._files[name], row, dtype) for name, (row, dtype) in rows.items()}
 
-    def write(self, pieces: Sequence[Piece], vectors: npt.NDArray[Any], steps: npt.NDArray[Any] | None) -> None:
+    def write(self, pieces: Sequence[Piece], vectors: npt.NDArray[np.float32]) -> None:
         """Appends pieces with their vectors: (pieces, dimensions)."""
+        codes, steps = to_bytes(vectors)
+        self._append(pieces, {_EXACT: vectors, "bytes.npy": codes, "steps.npy": steps})
+
+    def copy(self, pieces: Sequence[Piece], other: StoredIndex, begin: int) -> None:
+        """Appends pieces with the vectors that another index holds from a row on."""
+        end = begin + len(pieces)
+        arrays: dict[str, npt.NDArray[Any]] = {"bytes.npy": other.codes[begin:end], "steps.npy": other.steps[begin:end]}
+        if other.vectors is not None:
+            arrays[_EXACT] = other.vectors[begin:end]
+        self._append(pieces, arrays)
+
+    def _append(self, pieces: Sequence[Piece], arrays: dict[str, npt.NDArray[Any]]) -> None:
         begins = []
         for piece in pieces:
             begins.append(self._end)
             content = json.dumps(dataclasses.asdict(piece), ensure_ascii=False)
-            self._end += self._lines.write(content.encode("utf-8", "backslashreplace") + b"\n")
-        self._places.write(np.array(begins, np.int64))
-        self._vectors.write(vectors)
-        if self._steps is not None and steps is not None:
-            self._steps.write(steps)
+            self._end += self._files["pieces.jsonl"].write(content.encode("utf-8", "backslashreplace") + b"\n")
+        for name, array in self._arrays.items():
+            array.write(np.array(begins, np.int64) if name == "pieces.npy" else arrays[name])
         self.pieces += len(pieces)
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Writes the headers, and index.json with these facts."""
-        for array in (self._vectors, self._places, self._steps):
-            if array is not None:
-                array.finish()
+        for array in self._arrays.values():
+            array.finish()
         content = {"format": FORMAT, "version": VERSION, **facts, "pieces": self.pieces}
         (self.folder / INDEX).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
@@ -80,15 +97,16 @@ class IndexWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in self._files:
+        for file in self._files.values():
             file.close()
 
 
 class StoredIndex:
     """An index that is read: its facts, its arrays mapped, its pieces one by one."""
 
-    vectors: npt.NDArray[Any]  # (pieces, dimensions)
-    steps: npt.NDArray[np.float32] | None = None
+    vectors: npt.NDArray[np.float32] | None = None  # (pieces, dimensions)
+    codes: npt.NDArray[np.uint8]  # (pieces, dimensions)
+    steps: npt.NDArray[np.float32]  # (pieces,)
     places: npt.NDArray[np.int64]  # where each piece's line begins
 
     def __init__(self, folder: Path) -> None:
@@ -100,12 +118,11 @@ class StoredIndex:
         if (self.facts.get("format"), self.facts.get("version")) != (FORMAT, VERSION):
             raise DataError("is not an index of this version; make it anew", where=str(folder / INDEX))
         for name, attribute in _ARRAYS.items():
-            if name != "steps.npy" or self.facts.get("vectors") == "int8":
+            if name != _EXACT or self.facts.get("vectors") != "int8":
                 setattr(self, attribute, _mapped(folder / name))
-        counts = {len(self.vectors), len(self.places), self.facts.get("pieces")}
-        if self.steps is not None:
-            counts.add(len(self.steps))
-        if len(counts) != 1 or self.vectors.ndim != 2 or self.vectors.shape[1] != self.facts.get("dimensions"):
+        rows, wanted = self.facts.get("pieces"), self.facts.get("dimensions")
+        wide = [each.shape for each in (self.codes, self.vectors) if each is not None]
+        if any(shape != (rows, wanted) for shape in wide) or {self.steps.shape, self.places.shape} != {(rows,)}:
             raise DataError("is not whole: its vectors are not as many as its pieces; make it anew", where=str(folder))
 
     def piece(self, number: int) -> Piece:

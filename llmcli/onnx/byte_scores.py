@@ -10,7 +10,7 @@ import functools
 import numpy as np
 import onnx_ir as ir
 
-ZERO = 128  # what stands for 0 in a row
+from llmcli.files.vector_index import ZERO
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""Exact search: the rows of a mapped array that are nearest to a vector, block by block.
+"""Exact search: the rows of a mapped array that are nearest to a vector.
 
-Invariant: every row is looked at, so nothing is missed; of rows kept as bytes those that come first are scored once
-more by the vector itself, so the bytes' own rounding is all that a score lacks.
+Invariant: nothing is missed. Rows are scored as bytes first, which reads a quarter of the memory; how far such a score
+can be from the true one is known for each row, and every row that may be among the nearest is scored by its floats.
 """
 
 from __future__ import annotations
@@ -12,61 +12,65 @@ import numpy as np
 import numpy.typing as npt
 
 from llmcli.data.cores import available_cores
-from llmcli.onnx.byte_scores import ZERO, byte_scores
+from llmcli.files.vector_index import ZERO
+from llmcli.onnx.byte_scores import byte_scores
 
 Floats = npt.NDArray[np.float32]
-_ROWS = 8192  # of a block
-_AGAIN = 8  # times as many rows of bytes as are wanted are scored again; at least _LEAST
-_LEAST = 64
-
-
-def to_bytes(vectors: Floats) -> tuple[npt.NDArray[np.uint8], Floats]:
-    """Rows as bytes, 128 for 0, and each one's step: (n, C) -> (n, C), (n,). Row r is about (bytes - 128) x step."""
-    steps = np.maximum(np.abs(vectors).max(axis=1), 1e-30) / 127
-    return (np.rint(vectors / steps[:, None]) + ZERO).astype(np.uint8), steps.astype(np.float32)
+Places = npt.NDArray[np.int64]
+_BLOCK = 1 << 27  # bytes of rows that are scored at once
+_ROUNDING = 1e-5  # of the sums of floats
+_LONGEST = 1.1  # no row is longer, its rounding to bytes included
+_SHARE = 16  # where more than this part of the rows may be among the nearest, all of them are scored by their floats
+_AGAIN, _LEAST = 8, 64  # of bytes alone: so many times as many rows as are wanted are scored by the vector itself
 
 
 class Nearest:
-    """Rows that are searched: float32, or bytes with their steps."""
+    """Rows of length 1: their bytes, what one of a row's bytes is worth, and, where they are kept, the floats."""
 
-    def __init__(self, rows: npt.NDArray[Any], steps: Floats | None = None, *, threads: int | None = None) -> None:
-        self.rows, self.steps = rows, steps
-        self._engine: Any = None
-        if steps is not None:
-            import onnxruntime
+    def __init__(
+        self, codes: npt.NDArray[np.uint8], steps: Floats, rows: Floats | None = None, *, threads: int | None = None
+    ) -> None:
+        import onnxruntime
 
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = threads or available_cores()
-            graph = byte_scores(rows.shape[1])
-            self._engine = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self.codes, self.steps, self.rows = codes, steps, rows
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or available_cores()
+        graph = byte_scores(codes.shape[1])
+        self._engine: Any = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
-    def search(self, vector: Floats, count: int) -> tuple[npt.NDArray[np.int64], Floats]:
-        """The `count` rows with the greatest products with the vector, and those, greatest first."""
-        if self.steps is None:
-            return self._best(lambda begin, end: self.rows[begin:end] @ vector, count)
+    def search(self, vector: Floats, count: int) -> tuple[Places, Floats]:
+        """The `count` rows with the greatest products with a vector of length 1, and those, greatest first."""
         step = max(float(np.abs(vector).max()), 1e-30) / 127
-        narrow = np.rint(vector / step).astype(np.int8)[:, None]
-        steps = self.steps
-
-        def rough(begin: int, end: int) -> Floats:
-            (sums,) = self._engine.run(None, {"rows": self.rows[begin:end], "vector": narrow})
-            found: Floats = sums[:, 0] * steps[begin:end]
-            return found
-
-        places, _ = self._best(rough, max(_AGAIN * count, _LEAST))
-        wide = (self.rows[places].astype(np.float32) - np.float32(ZERO)) * steps[places, None]
-        scores: Floats = wide @ vector
-        order = np.argsort(-scores, kind="stable")[:count]
-        return places[order], scores[order]
-
-    def _best(self, score: Any, count: int) -> tuple[npt.NDArray[np.int64], Floats]:
-        places, scores = np.empty(0, np.int64), np.empty(0, np.float32)
-        for begin in range(0, len(self.rows), _ROWS):
-            found = score(begin, min(begin + _ROWS, len(self.rows)))
-            best = np.argpartition(-found, count - 1)[:count] if len(found) > count else np.arange(len(found))
-            places, scores = np.concatenate([places, best + begin]), np.concatenate([scores, found[best]])
-            if len(scores) > 4 * count:
-                kept = np.argpartition(-scores, count - 1)[:count]
-                places, scores = places[kept], scores[kept]
+        narrow = np.rint(vector / step).astype(np.int8)
+        rough = self._rough(narrow[:, None]) * step
+        count = min(count, len(rough))
+        if self.rows is None:
+            places: Places = _greatest(rough, min(len(rough), max(_AGAIN * count, _LEAST)))
+            wide = (self.codes[places].astype(np.float32) - np.float32(ZERO)) * self.steps[places, None]
+            scores: npt.NDArray[Any] = wide @ vector
+        else:
+            # A row is half a step of each number from its bytes at most, the vector as far as its own rounding went.
+            lost = float(np.linalg.norm(vector - step * narrow))
+            slack = self.steps * (0.5 * len(vector) ** 0.5) + (_LONGEST * lost + _ROUNDING)
+            least = np.partition(rough - slack, len(rough) - count)[len(rough) - count]
+            places = np.flatnonzero(rough + slack >= least)
+            if len(places) * _SHARE > len(rough):
+                places = np.arange(len(rough))
+                scores = self.rows @ vector
+            else:
+                scores = self.rows[places] @ vector
         order = np.lexsort((places, -scores))[:count]
-        return places[order], scores[order]
+        return places[order], np.asarray(scores[order], np.float32)
+
+    def _rough(self, narrow: npt.NDArray[np.int8]) -> Floats:
+        """The scores of the bytes, in steps of the vector."""
+        found = np.empty(len(self.codes), np.float32)
+        size = max(1, _BLOCK // self.codes.shape[1])
+        for begin in range(0, len(found), size):
+            (sums,) = self._engine.run(None, {"rows": self.codes[begin : begin + size], "vector": narrow})
+            found[begin : begin + size] = sums[:, 0]
+        return found * self.steps
+
+
+def _greatest(scores: Floats, count: int) -> Places:
+    return np.argpartition(-scores, count - 1)[:count]

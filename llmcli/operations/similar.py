@@ -30,7 +30,7 @@ from llmcli.files.manifest import sha256_of
 from llmcli.files.prompt_cache import model_key
 from llmcli.files.vector_index import INDEX, IndexWriter, Piece, StoredIndex
 from llmcli.operations.embed import Embedder
-from llmcli.operations.nearest import Nearest, to_bytes
+from llmcli.operations.nearest import Nearest
 from llmcli.operations.records import Progress
 
 _ROWS = 4096  # vectors that are copied, or turned into bytes, at once
@@ -122,7 +122,7 @@ def _write(
     skipped: list[str] = []
     with (
         staged_folder(place, overwrite=True) as folder,
-        IndexWriter(folder, embedder.facts.dimensions, as_bytes=config.vectors == "int8") as writer,
+        IndexWriter(folder, embedder.facts.dimensions, exact=config.vectors == "float32") as writer,
     ):
         for source, digest in files:
             if before is not None and digest in known:
@@ -157,8 +157,7 @@ def _copied(before: StoredIndex, entry: dict[str, Any], name: str, writer: Index
     for begin in range(first, first + count, _ROWS):
         end = min(begin + _ROWS, first + count)
         pieces = [dataclasses.replace(before.piece(number), file=name) for number in range(begin, end)]
-        steps = None if before.steps is None else before.steps[begin:end]
-        writer.write(pieces, before.vectors[begin:end], steps)
+        writer.copy(pieces, before, begin)
     return {**entry, "file": name, "first": begun}
 
 
@@ -192,9 +191,7 @@ def _embedded(
     held: list[np.ndarray[Any, Any]] = []
 
     def flush() -> None:
-        pieces = [waiting.popleft() for _ in held]
-        vectors = np.stack(held)
-        writer.write(pieces, *(to_bytes(vectors) if config.vectors == "int8" else (vectors, None)))
+        writer.write([waiting.popleft() for _ in held], np.stack(held))
         held.clear()
 
     for number, record in enumerate(embedder.embed(texts()), start=1):
@@ -304,7 +301,7 @@ class Searcher:
         whole = _embedding(config, pooling=of.get("pooling"), dimensions=of.get("dimensions"))
         self.embedder = Embedder(model, whole, purposes=QUERY)
         _refuse_another(self.index, self.embedder)
-        self.nearest = Nearest(self.index.vectors, self.index.steps, threads=config.threads)
+        self.nearest = Nearest(self.index.codes, self.index.steps, self.index.vectors, threads=config.threads)
 
     def search(self, query: str, count: int | None = None) -> list[Hit]:
         """The pieces that are nearest to a text, the nearest first. Raises DataError for an empty text."""
