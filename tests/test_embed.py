@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import forked
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from small_model import make_model
 from small_tokenizer import make_tokenizer
 from small_vectors import make_encoder
@@ -305,3 +309,35 @@ def test_a_real_sentence_model_as_transformers_and_sentence_transformers_run_it(
     assert np.argsort(ours[0] @ ours.T)[-2:].tolist() in ([0, 4], [4, 0])  # the same text stands there twice
     library = pytest.importorskip("sentence_transformers")
     assert np.abs(ours - library.SentenceTransformer(str(place), device="cpu").encode(TEXTS)).max() < 1e-5
+
+
+ONNX = """
+    import sys
+    from llmcli.config import EmbedConfig
+    from llmcli.operations.embed import embed
+    for record in embed(sys.argv[1], ["the old man"], EmbedConfig(threads=1)):
+        assert record.embedding.shape == (16,)
+    print("torch" in sys.modules)
+"""
+
+
+def test_an_exported_encoder_gives_the_same_vectors_without_torch(tmp_path: Path) -> None:
+    from llmcli.config import ExportConfig
+    from llmcli.operations.export import export
+
+    place = make_encoder(tmp_path / "model", pooling=Pooling("mean", True, 60), positions=64)
+    graph = tmp_path / "graph"
+    list(export(place, graph, ExportConfig(precision="fp32", threads=1, check=False)))
+    for settings in ({}, {"normalize": False}, {"pooling": "cls"}, {"pooling": "max", "dimensions": 5}):
+        found = vectors(graph, TEXTS, threads=1, **settings)
+        assert np.abs(found - vectors(place, TEXTS, **settings)).max() < 1e-4, settings
+    ours, theirs = (next(embed(each, TEXTS[0], EmbedConfig(pooling="none", device="cpu"))) for each in (graph, place))
+    assert np.abs(ours.embedding - theirs.embedding).max() < 1e-4
+    for settings, told in (
+        ({"layer": "1"}, "last states alone"),
+        ({"precision": "bfloat16"}, "precision of its export"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            vectors(graph, ["a"], **settings)
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(ONNX), graph], cwd=ROOT, capture_output=True, text=True)
+    assert (run.stdout, run.returncode) == ("False\n", 0), run.stderr

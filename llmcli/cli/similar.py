@@ -62,7 +62,7 @@ def index(files: tuple[str, ...], model: str, output: str, overwrite: bool, inde
         notice(f"skipped: {line}")
     if len(report.skipped) > 5:
         notice(f"skipped: {len(report.skipped) - 5:,} more")
-    done = f"{report.embedded:,} embedded, {report.kept:,} kept, {report.removed:,} files left"
+    done = f"{report.embedded:,} embedded, {report.kept:,} kept, {report.removed:,} files gone"
     how = f"pooling {report.pooling}, {report.dimensions:,} dimensions, {report.vectors}"
     write_out(f"{report.index}: {report.files:,} files, {report.pieces:,} pieces ({done}); {how}\n")
 

@@ -189,7 +189,8 @@ class Embedder:
         facts = self.facts
         if facts.pooling == "none":
             return [finished(each, facts) for each in self.model.states(pieces, facts.layers)]
-        return [finished(each, facts) for each in self.model.vectors(pieces, facts.layers, facts.pooling)]
+        made = self.model.vectors(pieces, facts.layers, facts.pooling, normalized=facts.normalize)
+        return [finished(each, facts) for each in made]
 
     def _record(self, text: TextRow, pieces: Sequence[Ids], made: Sequence[Floats], left_out: int) -> Embedded:
         if len(made) == 1:

@@ -37,8 +37,8 @@ class TorchVectors:
         return np.split(found, np.cumsum([len(text) for text in texts])[:-1], 1)
 
     @torch.inference_mode()
-    def vectors(self, texts: Sequence[Ids], layers: Sequence[int], mode: str) -> Floats:
-        """A vector a text and layer, pooled and not normalized: (texts, layers, C)."""
+    def vectors(self, texts: Sequence[Ids], layers: Sequence[int], mode: str, *, normalized: bool) -> Floats:
+        """A vector a text and layer, pooled: (texts, layers, C)."""
         lengths = torch.tensor([len(text) for text in texts], device=self.model.embedding.device)
         found = [pooled(states, lengths, mode) for states in self._hidden(texts, layers)]
         vectors: Floats = torch.stack(found, 1).cpu().numpy()

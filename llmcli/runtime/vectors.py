@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from llmcli.errors import UsageError
 from llmcli.files.artefacts import ModelPlace, is_onnx
 from llmcli.models.pooling import Pooling
 
@@ -34,8 +33,8 @@ class VectorModel(Protocol):
         """The states of each text's tokens: (layers, tokens, C) each."""
         ...
 
-    def vectors(self, texts: Sequence[Ids], layers: Sequence[int], mode: str) -> Floats:
-        """A vector a text and layer, pooled and not normalized: (texts, layers, C)."""
+    def vectors(self, texts: Sequence[Ids], layers: Sequence[int], mode: str, *, normalized: bool) -> Floats:
+        """A vector a text and layer, pooled: (texts, layers, C). `normalized`: they may be of length 1 already."""
         ...
 
     def attentions(self, text: Ids) -> Floats:
@@ -55,7 +54,9 @@ def open_vectors(
     `precision`: auto (float32 on the CPU, bfloat16 on CUDA), float32 or bfloat16.
     """
     if is_onnx(place.folder):
-        raise UsageError("ONNX folders make no vectors; give the model that was exported", where=str(place.folder))
+        from llmcli.runtime.onnx_vectors import open_onnx
+
+        return open_onnx(place.folder, device=device, threads=threads, precision=precision)
     from llmcli.runtime.torch_vectors import open_torch
 
     return open_torch(place, device=device, threads=threads, precision=precision)
