@@ -174,6 +174,11 @@ def test_a_tuned_classifier_is_measured_before_and_after(tmp_path: Path, text: s
     assert scores[1] >= scores[0] - 0.1
     found = CliRunner().invoke(main, ["classify", "-m", str(at / "int4"), "a good thing", "--json"])
     assert json.loads(found.stdout)["label"] == "pos"
+    (tmp_path / "plain.tsv").write_text("a good thing\t7\na bad thing\t8\n")
+    words = ["classify", "-m", str(at / "int4"), "--input", str(tmp_path / "plain.tsv")]
+    found = CliRunner().invoke(main, [*words, "--text-field", "1"])
+    assert [line.split("\t")[2] for line in found.stdout.splitlines()] == ["a good thing", "a bad thing"]
+    assert "--text-field 1" in str(CliRunner().invoke(main, words).exception)
     found = CliRunner().invoke(main, ["generate", "-m", str(at / "int4"), "-p", "a good thing"])
     assert isinstance(found.exception, DataError)
     assert "llmcli classify uses it" in str(found.exception)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import click
 
+from llmcli.cli.info import counted
 from llmcli.cli.options import GroupedCommand, adapter_option, is_json, settings, shared_options
 from llmcli.cli.streams import notice, stdin_is_piped, write_json, write_out
 from llmcli.config import ClassifyConfig
@@ -52,7 +53,7 @@ def classify(
             label = record.label if record.labels is None else ",".join(record.labels)
             write_out(f"{label or '-'}\t{record.probability:.4f}\t{' '.join(record.text.split())}\n")
     if cut:
-        notice(f"{cut:,} texts were longer than the model's context; their end was not read")
+        notice(f"{counted(cut, 'text')} longer than the model's context; the end was not read")
 
 
 def _lines() -> Iterator[str]:
