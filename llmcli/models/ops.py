@@ -264,7 +264,10 @@ def attend_both(parts: Tensor, heads: int, mask: Tensor | None, dropout: float =
     `mask` (B, 1, 1 or T, T): True where a token attends to another. `dropout`: the share of probabilities dropped.
     """
     query, key, value = split_heads(parts, heads)
-    found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    if query.size(2) <= EXPLICIT_POSITIONS and torch.is_grad_enabled() and query.device.type == "cpu":
+        found: Tensor = BothAttention.apply(query, key, value, mask, dropout)  # type: ignore[no-untyped-call]
+    else:
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     return found.transpose(1, 2).flatten(2)
 
 
@@ -273,6 +276,35 @@ def split_heads(parts: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, count, width = parts.shape
     query, key, value = parts.view(rows, count, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
     return query, key, value
+
+
+class BothAttention(torch.autograd.Function):
+    """Attention both ways that keeps the probabilities. query, key, value (B, H, T, D); seen (B, 1, 1, T) or None."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, dropout: float) -> Tensor:
+        query = query * query.size(-1) ** -0.5
+        scores = query @ key.transpose(-1, -2)
+        if seen is not None:
+            scores = scores.masked_fill_(~seen, float("-inf"))
+        probabilities = torch.softmax(scores, -1)
+        kept = None
+        if dropout:
+            kept = torch.empty_like(probabilities).bernoulli_(1 - dropout).div_(1 - dropout)
+        ctx.save_for_backward(query, key, value, probabilities, kept)
+        return (probabilities if kept is None else probabilities * kept) @ value
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        query, key, value, probabilities, kept = ctx.saved_tensors
+        (gradient,) = gradients
+        of_used = gradient @ value.transpose(-1, -2)
+        used = probabilities
+        if kept is not None:
+            of_used, used = of_used * kept, probabilities * kept
+        of_scores = torch.ops.aten._softmax_backward_data(of_used, probabilities, -1, probabilities.dtype)
+        of_query = (of_scores @ key) * query.size(-1) ** -0.5
+        return of_query, of_scores.transpose(-1, -2) @ query, used.transpose(-1, -2) @ gradient, None, None
 
 
 def _explicit(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
