@@ -24,6 +24,7 @@ from llmcli.config_generation import ConstraintConfig as ConstraintConfig
 from llmcli.config_generation import FillMaskConfig as FillMaskConfig
 from llmcli.config_generation import SpeculationConfig as SpeculationConfig
 from llmcli.config_generation import SummarizeConfig as SummarizeConfig
+from llmcli.config_objective import ObjectiveConfig as ObjectiveConfig
 from llmcli.settings import check as check
 from llmcli.settings import from_mapping as from_mapping
 from llmcli.settings import nearest as nearest
@@ -158,8 +159,11 @@ class CorpusConfig:
 class PretrainConfig:
     """How a model is pretrained. None means: decided from the rest, and written down in the run's config.toml."""
 
-    family: str = setting(
-        "qwen3", "Model family.", group="Model", choices=("qwen3", "llama", "qwen2", "mistral", "gpt2")
+    family: str | None = setting(
+        None,
+        "Model family (default: qwen3; of an encoder bert).",
+        group="Model",
+        choices=("qwen3", "llama", "qwen2", "mistral", "gpt2", "bert", "roberta", "distilbert"),
     )
     preset: str | None = setting(
         None, "Shape by size, see the table; 4m where no shape is given.", group="Model", metavar="NAME"
@@ -175,7 +179,13 @@ class PretrainConfig:
     tie_embeddings: bool = setting(True, "One matrix for embedding and head.", group="Model")
 
     tokenizer: str | None = setting(None, "Tokenizer to use; else one is trained.", group="Text", metavar="DIR")
-    kind: str = setting("bpe", "Tokenizer to train.", group="Text", choices=("bpe", "unigram", "wordpiece", "char"))
+    kind: str | None = setting(
+        None,
+        "Tokenizer to train (default: bpe; for an encoder wordpiece).",
+        group="Text",
+        choices=("bpe", "unigram", "wordpiece", "char"),
+    )
+    lowercase: bool = setting(False, "It reads text in small letters and without accents (wordpiece).", group="Text")
     vocab_size: int | None = setting(None, "Its vocabulary (default: the preset's).", group="Text", minimum=2)
     val_fraction: float = setting(
         0.05, "Share of the text held out for validation.", group="Text", minimum=0, maximum=0.9

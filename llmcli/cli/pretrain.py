@@ -9,7 +9,7 @@ import click
 
 from llmcli.cli.options import GroupedCommand, settings, shared_options
 from llmcli.cli.running import Signals, given_names, run_options, shown, tell_end, tell_plan
-from llmcli.config import PretrainConfig, TextConfig
+from llmcli.config import ObjectiveConfig, PretrainConfig, TextConfig
 from llmcli.models.presets import preset_table
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class _PretrainCommand(GroupedCommand):
 @click.argument("data", metavar="DATA...", nargs=-1, required=True)
 @click.option("-o", "--output", "run", required=True, metavar="DIR", help="Folder of the run.")
 @run_options
-@settings(PretrainConfig, TextConfig)
+@settings(ObjectiveConfig, PretrainConfig, TextConfig)
 @shared_options
 def pretrain(
     data: tuple[str, ...],
@@ -37,6 +37,7 @@ def pretrain(
     resume: str | None,
     dry_run: bool,
     overwrite: bool,
+    objective_config: ObjectiveConfig,
     pretrain_config: PretrainConfig,
     text_config: TextConfig,
 ) -> None:
@@ -52,10 +53,18 @@ def pretrain(
     from llmcli.operations.pretrain import plan_pretraining
 
     if dry_run:
-        tell_plan(plan_pretraining(data, pretrain_config, text_config))
+        tell_plan(plan_pretraining(data, pretrain_config, text_config, objective_config))
         return
-    names = given_names()
-    last = run_and_show(data, run, pretrain_config, text_config, resume=resume, overwrite=overwrite, given=names)
+    last = run_and_show(
+        data,
+        run,
+        pretrain_config,
+        text_config,
+        objective_config,
+        resume=resume,
+        overwrite=overwrite,
+        given=given_names(),
+    )
     tell_end(run, last)
 
 
@@ -64,6 +73,7 @@ def run_and_show(
     run: str,
     config: PretrainConfig,
     text: TextConfig,
+    objective: ObjectiveConfig,
     *,
     resume: str | None = None,
     overwrite: bool = False,
@@ -73,5 +83,7 @@ def run_and_show(
     from llmcli.operations.pretrain import pretrain as operation
 
     signals = Signals()
-    work = operation(data, run, config, text, resume=resume, overwrite=overwrite, given=given, stopping=signals)
+    work = operation(
+        data, run, config, text, objective, resume=resume, overwrite=overwrite, given=given, stopping=signals
+    )
     return shown(work, signals)

@@ -63,7 +63,8 @@ def framed(tokenizer: TextTokenizer) -> TextTokenizer:
             name = tokenizer.token(identity)
         ids[role] = (name, identity)
     content = {**files.content, "added_tokens": added, "post_processor": frame(ids["cls"], ids["sep"])}
-    settings = {**files.config, **{f"{role}_token": name for role, (name, _) in ids.items()}}
+    known_class = {"tokenizer_class": "PreTrainedTokenizerFast"}  # else that of the model's family would be taken
+    settings = {**known_class, **files.config, **{f"{role}_token": name for role, (name, _) in ids.items()}}
     if tokenizer.eos_id is not None:
         settings.setdefault("eos_token", tokenizer.token(tokenizer.eos_id))
     settings["added_tokens_decoder"] = decoder_of(content)

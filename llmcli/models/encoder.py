@@ -287,10 +287,15 @@ class MaskedLM(Encoder):
         found: Tensor = self.get_submodule(by_family[self.config.model_type]).bias  # type: ignore[assignment]
         return found
 
+    def transformed(self, states: Tensor) -> Tensor:
+        """Hidden states as the head's last product takes them: (..., C) -> (..., C)."""
+        dense, norm = self._head
+        made: Tensor = norm(self.activation(dense(states)))
+        return made
+
     def logits(self, states: Tensor) -> Tensor:
         """Logits of every token of the vocabulary at hidden states: (..., C) -> (..., V)."""
-        dense, norm = self._head
-        made = norm(self.activation(dense(states)))
+        made = self.transformed(states)
         return F.linear(made, self.embedding.to(made.dtype), self.bias.to(made.dtype))
 
 

@@ -34,6 +34,8 @@ from llmcli.files.manifest import manifest_problems, read_manifest, write_manife
 from llmcli.files.reference import REFERENCE
 from llmcli.files.tensors import load_tensors, load_weights, save_tensors
 from llmcli.models.decoder import Decoder
+from llmcli.models.encoder import Encoder
+from llmcli.models.encoder_folder import encoder_names, save_encoder
 from llmcli.models.folder import save_model
 from llmcli.training.loop import TrainingState
 from llmcli.training.optimizer import Optimizer
@@ -181,7 +183,7 @@ class Kept(Protocol):
 class WholeModel:
     """All weights of a model, with the tokenizer. `facts`: further keys of config.json; `ends`: see `save_model`."""
 
-    model: Decoder
+    model: Decoder | Encoder
     tokenizer: TextTokenizer
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ends: Sequence[int] = ()
@@ -193,13 +195,19 @@ class WholeModel:
 
     def write(self, folder: Path, *, result: bool = False) -> None:
         """The model's folder."""
-        save_model(self.model, folder, special_ids=self.special_ids, facts=self.facts, ends=self.ends)
+        if isinstance(self.model, Encoder):
+            save_encoder(self.model, folder, special_ids=self.special_ids, facts=self.facts)
+        else:
+            save_model(self.model, folder, special_ids=self.special_ids, facts=self.facts, ends=self.ends)
         self.tokenizer.save(folder)
 
     def read(self, folder: Path) -> None:
         """The weights alone: the tokenizer is the run's."""
         try:
-            self.model.load_state_dict(load_weights(folder, str(self.model.embedding.device)))
+            weights = load_weights(folder, str(self.model.embedding.device))
+            if isinstance(self.model, Encoder):
+                weights = encoder_names(self.model.config, weights)
+            self.model.load_state_dict(weights)
         except RuntimeError as error:
             raise DataError("the checkpoint's weights do not fit the run's settings", where=str(folder)) from error
 

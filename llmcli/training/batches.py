@@ -7,6 +7,7 @@ batches that it would have seen (nanoGPT #467, accelerate #4071).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -109,7 +110,14 @@ def validation_windows(
         yield _inputs_and_targets(rows, vocab_size)
 
 
-def prefetched(windows: TokenWindows, first: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+class Batches(Protocol):
+    """What gives the micro-batch of a number: inputs, which can be moved as a tensor can, and targets."""
+
+    def batch(self, number: int) -> tuple[Any, Tensor]:
+        """Inputs and targets of micro-batch `number`."""
+
+
+def prefetched(windows: Batches, first: int, device: torch.device) -> Iterator[tuple[Any, Tensor]]:
     """Micro-batches from number `first` on, endlessly; on CUDA pinned and copied while the one before is worked on."""
     if device.type != "cuda":
         number = first
@@ -119,7 +127,7 @@ def prefetched(windows: TokenWindows, first: int, device: torch.device) -> Itera
             number += 1
     from concurrent.futures import ThreadPoolExecutor
 
-    def load(number: int) -> tuple[Tensor, Tensor]:
+    def load(number: int) -> tuple[Any, Tensor]:
         inputs, targets = windows.batch(number)
         return inputs.pin_memory(), targets.pin_memory()
 

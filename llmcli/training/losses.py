@@ -31,43 +31,61 @@ def piece_loss(logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, 
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Cross-entropy of `hidden @ head^T`, piece by piece; gradients are made on the way forward."""
+    """Cross-entropy of `hidden @ head^T + bias`, piece by piece; gradients are made on the way forward."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, scale: Tensor, piece: Callable[..., Any]
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: Tensor,
+        piece: Callable[..., Any],
     ) -> Tensor:
         weight = head.to(hidden.dtype)
+        added_bias = None if bias is None else bias.to(hidden.dtype)
         step = max(16, min(hidden.size(0), _CHUNK_BYTES // (4 * head.size(0))))
         of_hidden = torch.empty_like(hidden)
         of_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None  # a frozen head needs none
+        of_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         loss = torch.zeros((), device=hidden.device)
         for start in range(0, hidden.size(0), step):
             part = hidden[start : start + step]
-            added, gradient = piece(part @ weight.t(), targets[start : start + step], scale)
+            added, gradient = piece(F.linear(part, weight, added_bias), targets[start : start + step], scale)
             loss += added
             of_hidden[start : start + step] = gradient @ weight
             if of_head is not None:
                 of_head += gradient.t() @ part
-        ctx.save_for_backward(of_hidden, of_head)
+            if of_bias is not None:
+                of_bias += gradient.sum(0, dtype=of_bias.dtype)
+        ctx.save_for_backward(of_hidden, of_head, of_bias)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        of_hidden, of_head = ctx.saved_tensors
+        of_hidden, of_head, of_bias = ctx.saved_tensors
         (gradient,) = gradients
         of_head = None if of_head is None else of_head * gradient.to(of_head.dtype)
-        return of_hidden * gradient.to(of_hidden.dtype), of_head, None, None, None
+        of_bias = None if of_bias is None else of_bias * gradient.to(of_bias.dtype)
+        return of_hidden * gradient.to(of_hidden.dtype), of_head, of_bias, None, None, None
 
 
 def head_loss(
-    hidden: Tensor, head: Tensor, targets: Tensor, scale: Tensor, piece: Callable[..., Any] = piece_loss
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    piece: Callable[..., Any] = piece_loss,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Sum of -log p(target) times `scale`. hidden (B, T, C); head (V, C); targets (B, T), IGNORED where not counted.
 
-    `piece` may be a compiled `piece_loss`. The result carries gradients for `hidden` and `head`.
+    `piece` may be a compiled `piece_loss`; `bias` (V,) is added to the logits. The result carries gradients for
+    `hidden`, `head` and `bias`.
     """
-    loss: Tensor = _HeadLoss.apply(hidden.flatten(0, -2), head, targets.flatten(), scale, piece)  # type: ignore
+    flat, wanted = hidden.flatten(0, -2), targets.flatten()
+    loss: Tensor = _HeadLoss.apply(flat, head, bias, wanted, scale, piece)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -124,3 +142,15 @@ def summed_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> float:
         logits = (flat[start : start + step] @ weight.t()).float()
         total += float(F.cross_entropy(logits, wanted[start : start + step], ignore_index=IGNORED, reduction="sum"))
     return total
+
+
+@torch.no_grad()
+def found_tokens(states: Tensor, head: Tensor, bias: Tensor, targets: Tensor) -> tuple[float, int]:
+    """Sum of -log p(target) in nats, and how often the target is the likeliest. states (N, C); targets (N,)."""
+    weight, added = head.to(states.dtype), bias.to(states.dtype)
+    nats, hits = 0.0, 0
+    for rows in _pieces(states, head):
+        logits, wanted = F.linear(states[rows], weight, added).float(), targets[rows]
+        nats += float(F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum"))
+        hits += int((logits.argmax(-1) == wanted).sum())
+    return nats, hits

@@ -54,7 +54,7 @@ def orthogonalize(stack: Tensor) -> Tensor:
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
     """Whether Muon takes a parameter: the matrices of the blocks; embeddings, head and vectors go to AdamW."""
-    return parameter.ndim == 2 and (".layers." in name or ".h." in name)
+    return parameter.ndim == 2 and any(blocks in name for blocks in (".layers.", ".h.", ".layer."))
 
 
 class Muon:

@@ -2,7 +2,7 @@
 
 Invariant: the plan is computed from the settings alone, so that it can decide (compile or not) the same way twice.
 Formulae: 6 x parameters x tokens for the products of forward and backward (Kaplan et al., arXiv:2001.08361), 12 x
-layers x width x context a token for attention, halved as half of it is masked.
+layers x width x context a token for attention, halved where half of it is masked (decoders).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from llmcli.models.config import DecoderConfig
+from llmcli.models.encoder_config import EncoderConfig
 
 # What a product of the shapes of such models reaches on a common machine, in FLOP/s; an estimate, shown as one.
 _RATES = {"cpu": {"float32": 120e9, "bfloat16": 350e9}, "cuda": {"float32": 30e12, "bfloat16": 250e12}}
@@ -41,7 +42,7 @@ class Plan:
 
 
 def make_plan(
-    config: DecoderConfig,
+    config: DecoderConfig | EncoderConfig,
     *,
     parameters: int,
     matrix_parameters: int,
@@ -54,19 +55,24 @@ def make_plan(
     precision: str,
     length: int | None = None,
     trained: int | None = None,
+    head_share: float = 1.0,
 ) -> Plan:
     """The plan. `rows` are those of a whole step; `matrix_parameters` those that Muon takes (one buffer, not two).
 
     `length`: tokens of a row (None: the context). `trained`: parameters that change (None: all); the others are held
-    in the activations' precision and get no gradient, which saves a third of their products.
+    in the activations' precision and get no gradient, which saves a third of their products. `head_share`: of the
+    tokens, those that the head is asked of.
     """
     context, size = length or config.max_position_embeddings, config.hidden_size
     trained = parameters if trained is None else trained
-    embedding = config.vocab_size * size * (1 if config.tie_word_embeddings else 2)
+    tied = not isinstance(config, DecoderConfig) or config.tie_word_embeddings
+    embedding = config.vocab_size * size * (1 if tied else 2)
     tokens = rows * context
     width = 2 if precision == "bfloat16" else 4
-    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
-    flops = (6.0 * trained + 4.0 * (parameters - trained) + attention) * tokens
+    wide = config.num_attention_heads * config.head_dim if isinstance(config, DecoderConfig) else 2 * size
+    attention = 6 * config.num_hidden_layers * wide * context
+    head = 6.0 * (1 - head_share) * config.vocab_size * size
+    flops = (6.0 * trained + 4.0 * (parameters - trained) + attention - head) * tokens
     micro_tokens = tokens // grad_accumulation
     kept = (10 * size + 3 * config.intermediate_size) * width + config.num_attention_heads * context * width
     rate = _RATES.get(device, _RATES["cpu"])[precision]
