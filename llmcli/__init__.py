@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llmcli.config import IndexConfig as IndexConfig
     from llmcli.config import LabelledConfig as LabelledConfig
     from llmcli.config import LoraConfig as LoraConfig
+    from llmcli.config import ObjectiveConfig as ObjectiveConfig
     from llmcli.config import PreferTuneConfig as PreferTuneConfig
     from llmcli.config import PretrainConfig as PretrainConfig
     from llmcli.config import SamplingConfig as SamplingConfig
@@ -78,7 +79,7 @@ _HOMES = {
         *("BenchConfig", "ChatConfig", "CompleteConfig", "ConstraintConfig", "ConvertConfig", "CorpusConfig"),
         *("EvaluateConfig", "ExportConfig", "GenerateConfig", "LabelledConfig", "PretrainConfig", "SamplingConfig"),
         *("ClassifyConfig", "ClassifyTuneConfig", "FinetuneConfig", "LoraConfig", "SpeculationConfig", "TextConfig"),
-        *("EmbedConfig", "IndexConfig", "SearchConfig"),
+        *("EmbedConfig", "IndexConfig", "ObjectiveConfig", "SearchConfig"),
         *("AnswerConfig", "PreferTuneConfig", "SummarizeConfig", "SweepConfig", "TokenizerConfig"),
     ),
     "errors": ("LlmcliError",),

@@ -29,7 +29,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "bench": ("bench", "bench", "Measure how fast a model reads and decodes."),
     "generate": ("generate", "generate", "Continue a prompt with a model."),
     "chat": ("chat", "chat", "Talk with a model, turn by turn."),
-    "complete": ("complete", "complete", "List the most probable completions of a prefix, which is taken for the begin of a text."),
+    "complete": (
+        "complete",
+        "complete",
+        "List the most probable completions of a prefix, which is taken for the begin of a text.",
+    ),
     "embed": ("embed", "embed", "Turn texts into vectors, or into the hidden state of each of their tokens."),
     "similar": ("similar", "similar", "Index files, and search them by meaning."),
     "convert": ("convert", "convert", "Convert a model of another program to a model folder."),

@@ -46,9 +46,13 @@ def pretrain(
     DATA is a corpus folder, or text files: then a tokenizer and a corpus are made inside the run. RUN/model holds the
     result, the best on validation. Ctrl-C saves; --resume goes on from there.
 
+    For --objective contrastive DATA is text, whose sentences are learnt from, or files of pairs (anchor, positive, and
+    where there is one negative). A step's texts are told apart all at once, in however many pieces they are worked off.
+
     \b
     Example:
       llmcli pretrain notes.txt -o runs/first --preset 1m --max-steps 200
+      llmcli pretrain notes.txt -o runs/encoder --objective masked --lowercase --max-steps 200
     """
     from llmcli.operations.pretrain import plan_pretraining
 
