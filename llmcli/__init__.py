@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from llmcli.config import AnswerConfig as AnswerConfig
+    from llmcli.config import AnswerTuneConfig as AnswerTuneConfig
     from llmcli.config import BenchConfig as BenchConfig
     from llmcli.config import ChatConfig as ChatConfig
     from llmcli.config import ClassifyConfig as ClassifyConfig
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from llmcli.config import ConvertConfig as ConvertConfig
     from llmcli.config import CorpusConfig as CorpusConfig
     from llmcli.config import EmbedConfig as EmbedConfig
+    from llmcli.config import EmbedTuneConfig as EmbedTuneConfig
     from llmcli.config import EvaluateConfig as EvaluateConfig
     from llmcli.config import ExportConfig as ExportConfig
     from llmcli.config import FinetuneConfig as FinetuneConfig
@@ -81,6 +83,7 @@ _HOMES = {
         *("ClassifyConfig", "ClassifyTuneConfig", "FinetuneConfig", "LoraConfig", "SpeculationConfig", "TextConfig"),
         *("EmbedConfig", "IndexConfig", "ObjectiveConfig", "SearchConfig"),
         *("AnswerConfig", "PreferTuneConfig", "SummarizeConfig", "SweepConfig", "TokenizerConfig"),
+        *("AnswerTuneConfig", "EmbedTuneConfig"),
     ),
     "errors": ("LlmcliError",),
     "files.artefacts": ("AdaptedModel",),

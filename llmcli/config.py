@@ -11,8 +11,10 @@ from llmcli.config_embed import IndexConfig as IndexConfig
 from llmcli.config_embed import SearchConfig as SearchConfig
 from llmcli.config_evaluate import EvaluateConfig as EvaluateConfig
 from llmcli.config_export import ExportConfig as ExportConfig
+from llmcli.config_finetune import AnswerTuneConfig as AnswerTuneConfig
 from llmcli.config_finetune import ClassifyConfig as ClassifyConfig
 from llmcli.config_finetune import ClassifyTuneConfig as ClassifyTuneConfig
+from llmcli.config_finetune import EmbedTuneConfig as EmbedTuneConfig
 from llmcli.config_finetune import FinetuneConfig as FinetuneConfig
 from llmcli.config_finetune import LabelledConfig as LabelledConfig
 from llmcli.config_finetune import LoraConfig as LoraConfig

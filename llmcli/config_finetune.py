@@ -150,6 +150,43 @@ class ClassifyTuneConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AnswerTuneConfig:
+    """What is particular to learning answers on an encoder, which finds them in the text."""
+
+    doc_stride: int = setting(
+        128,
+        "Encoders: tokens of a long text that two windows share; at most half of a window.",
+        group="Answers",
+        minimum=0,
+        maximum=1 << 20,
+    )
+    max_answer_length: int = setting(
+        32, "Encoders: tokens of an answer at most, in validation.", group="Answers", minimum=1, maximum=1 << 20
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbedTuneConfig:
+    """What is particular to learning vectors of texts."""
+
+    pooling: str | None = setting(
+        None,
+        "How a text's tokens become one vector (default: the model's own, else mean).",
+        group="Vectors",
+        choices=("cls", "mean", "last", "max"),
+    )
+    dimensions: str | None = setting(
+        None,
+        "Train the first so many too, to be kept alone: 384,256,128:0.5 (weights 1 where none is given).",
+        group="Vectors",
+        metavar="SIZE[:WEIGHT],...",
+    )
+    scale: float = setting(
+        20.0, "What cosines are multiplied by: one over the temperature.", group="Vectors", above=0, maximum=1e4
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class PreferTuneConfig:
     """What is particular to learning preferences (DPO, arXiv:2305.18290)."""
 

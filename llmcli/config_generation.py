@@ -87,6 +87,12 @@ class AnswerConfig:
         minimum=0,
         maximum=0.9,
     )
+    no_answer_threshold: float | None = setting(
+        None,
+        "Of an encoder: how far no answer may score above the best span (default: what its fine-tuning found, else 0).",
+        group="Answer",
+        metavar="NUMBER",
+    )
     temperature: float = setting(
         0.0,
         "Above 0 answers are drawn; 0: always the most probable token.",

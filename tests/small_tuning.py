@@ -90,3 +90,68 @@ def until_step(step: int, *arguments: Any, **details: Any) -> None:
     for record in records:
         if isinstance(record, TrainingEvent):
             last[0] = record.step
+
+
+def make_encoder(folder: Path, family: str = "bert", **changes: Any) -> Path:
+    """An encoder of random weights and a tokenizer whose tokens are letters and a few words, framed as the family's."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    from llmcli.models.encoder import build_encoder
+    from llmcli.models.encoder_config import EncoderConfig
+    from llmcli.models.encoder_folder import save_encoder
+
+    roberta = family == "roberta"
+    first, last, pad = ("<s>", "</s>", "<pad>") if roberta else ("[CLS]", "[SEP]", "[PAD]")
+    letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    words = ["good", "fine", "bad", "poor", "thing", "number", "the", "sea", "is", "blue", "red", "which", "colour"]
+    tokens = list(dict.fromkeys(["[UNK]", pad, first, last, *letters, *(f"##{each}" for each in letters), *words]))
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    between = f"{last}:0 {last}:0 $B:0 {last}:0" if roberta else f"{last}:0 $B:1 {last}:1"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}",
+        pair=f"{first} $A {between}",
+        special_tokens=[(first, vocabulary[first]), (last, vocabulary[last])],
+    )
+    tokenizer.add_special_tokens([first, last, pad])
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": pad, "unk_token": "[UNK]"}))
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokens),
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 64,
+        "type_vocab_size": {"bert": 2, "roberta": 1, "distilbert": 0}[family],
+        "pad_token_id": 1,
+    }
+    model = build_encoder(EncoderConfig(family, **{**shape, **changes}), "base", pooler=family == "bert")
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.2, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    save_encoder(model, folder, special_ids={"bos_token_id": None, "eos_token_id": None, "pad_token_id": 1})
+    return folder
+
+
+def questions(path: Path, count: int = 24, seed: int = 0, *, silent: bool = True) -> Path:
+    """Questions about the colour of things, as SQuAD 2.0 has them; some texts do not tell it if `silent`."""
+    drawn = random.Random(seed)
+    paragraphs = []
+    for number in range(count):
+        colour, other = drawn.sample(["blue", "red", "fine", "poor"], 2)
+        told = not silent or number % 3 > 0
+        context = f"the thing {drawn.randint(0, 999)} is {other}. " + (f"the sea is {colour}." if told else "the sea.")
+        answers = [{"text": colour, "answer_start": context.rindex(colour)}] if told else []
+        question = {"id": str(number), "question": "which colour is the sea", "answers": answers}
+        paragraphs.append({"context": context, "qas": [question | ({"is_impossible": not told} if silent else {})]})
+    path.write_text(json.dumps({"data": [{"title": "colours", "paragraphs": paragraphs}]}))
+    return path

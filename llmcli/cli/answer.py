@@ -23,7 +23,7 @@ def answer(question: tuple[str, ...], model: str, context: str, answer_config: A
 
     The answer, or "no answer", is a line on stdout; the place in FILE that says it, counted in characters, is told
     on stderr. A text that is longer than the model's context is read in windows that overlap. Models that were taught
-    by `finetune answer` do it well.
+    by `finetune answer` do it well: decoders, which say it in words, and encoders, which find it in the text.
 
     \b
     Example:

@@ -10,7 +10,16 @@ import click
 from llmcli.cli.options import HELP, GroupedCommand, settings, shared_options
 from llmcli.cli.running import Signals, given_names, run_options, shown, tell_end, tell_plan
 from llmcli.cli.search import is_sweep, search_options, show_rate, show_sweep, tell_sweep
-from llmcli.config import ClassifyTuneConfig, FinetuneConfig, LabelledConfig, LoraConfig, PreferTuneConfig, SweepConfig
+from llmcli.config import (
+    AnswerTuneConfig,
+    ClassifyTuneConfig,
+    EmbedTuneConfig,
+    FinetuneConfig,
+    LabelledConfig,
+    LoraConfig,
+    PreferTuneConfig,
+    SweepConfig,
+)
 from llmcli.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -59,7 +68,8 @@ def chat(**values: Any) -> None:
 def classify(classify_tune_config: ClassifyTuneConfig, **values: Any) -> None:
     """Fine-tune a model to give texts a label, or several.
 
-    The names of the labels are kept in the model; `llmcli classify -m RUN` uses it.
+    MODEL is a decoder or an encoder, which gets the head of its family. The names of the labels are kept in the model;
+    `llmcli classify -m RUN` uses it.
 
     \b
     Example:
@@ -68,17 +78,32 @@ def classify(classify_tune_config: ClassifyTuneConfig, **values: Any) -> None:
     _run("classify", classify_tune_config, **values)
 
 
-@_task()
-def answer(**values: Any) -> None:
+@_task(AnswerTuneConfig)
+def answer(answer_tune_config: AnswerTuneConfig, **values: Any) -> None:
     """Fine-tune a model to answer questions about a text, or to say that it does not answer them.
 
-    The first answer of each question is learnt. With --on-long cut the text is cut, never the question or the answer.
+    The first answer of each question is learnt. A decoder answers in words; with --on-long cut the text is cut, never
+    the question or the answer. An encoder finds the answer in the text, which it reads in windows of --max-length.
 
     \b
     Example:
       llmcli finetune answer runs/first train.json -o runs/answers
     """
-    _run("answer", None, **values)
+    _run("answer", answer_tune_config, **values)
+
+
+@_task(EmbedTuneConfig)
+def embed(embed_tune_config: EmbedTuneConfig, **values: Any) -> None:
+    """Fine-tune a model to give texts vectors that lie close where they are alike.
+
+    DATA has pairs of texts with a score, anchors with a positive, or both with a negative. Texts of the same batch are
+    the wrong ones that an anchor's own is told from. RUN/model is a folder of sentence-transformers.
+
+    \b
+    Example:
+      llmcli finetune embed runs/encoder sts-train.csv sts-dev.csv -o runs/vectors --dimensions 384,128
+    """
+    _run("embed", embed_tune_config, **values)
 
 
 @_task()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from llmcli.data import tokenizer_files
+from llmcli.data.framed import FramedEncoding
 from llmcli.data.panics import contained
 from llmcli.data.token_bytes import DecodeStream, TokenBytes, WindowStream
 from llmcli.data.tokenizer_files import CONFIG, TEMPLATE, TOKENIZER, TokenizerFiles
@@ -179,14 +180,21 @@ class TextTokenizer:
         found = self._encode([text], special, offsets=True)[0]
         return Encoding(found.ids, found.offsets, [self.token_text(identity) for identity in found.ids])
 
+    def encode_framed(self, text: str, second: str | None = None) -> FramedEncoding:
+        """The ids of a text or of a pair, framed as the tokenizer's template does it ([CLS] ... [SEP] ... [SEP])."""
+        given: Any = text if second is None else (text, second)
+        found = self._encode([given], True, offsets=True)[0]
+        return FramedEncoding(found.ids, found.type_ids, found.sequence_ids, found.offsets)
+
     def _encode(
-        self, texts: Sequence[str], special: bool, parse_special: bool = False, *, offsets: bool = False
+        self, texts: Sequence[Any], special: bool, parse_special: bool = False, *, offsets: bool = False
     ) -> list[Any]:
         tokenizer = self._parsing if parse_special else self._plain
         encode = tokenizer.encode_batch if offsets else tokenizer.encode_batch_fast
         message = "its pattern makes the tokenizers library give up on this text"
-        with self._contained(message, always_quiet=any(len(text) > _LONG for text in texts)):
-            for text in texts:
+        single = [part for text in texts for part in ((text,) if isinstance(text, str) else text)]
+        with self._contained(message, always_quiet=any(len(text) > _LONG for text in single)):
+            for text in single:
                 refuse_surrogates(text)
             try:
                 found: list[Any] = encode(list(texts), add_special_tokens=special)

@@ -157,6 +157,12 @@ def resolve_adapter(path: str | Path) -> Path:
     return place
 
 
+def refuse_adapter(place: ModelPlace) -> None:
+    """Raises DataError where an adapter is to go on an encoder."""
+    if place.adapter is not None:
+        raise DataError("is an encoder; adapters go on decoders", where=str(place.folder))
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether the folder is one of PEFT's."""
     return (folder / ADAPTER_CONFIG).is_file()

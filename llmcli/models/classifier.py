@@ -46,14 +46,15 @@ def classifier_from(base: Decoder, labels: int, generator: torch.Generator) -> C
     return model
 
 
-def classifier_facts(family: str, labels: list[str], *, several: bool, pad_id: int | None) -> dict[str, Any]:
-    """What config.json says of a classifier, as transformers writes it."""
-    return {
-        "architectures": [_PREFIXES[family] + SUFFIX],
+def classifier_facts(
+    family: str | None, labels: list[str], *, several: bool, pad_id: int | None = None
+) -> dict[str, Any]:
+    """What config.json says of a classifier, as transformers writes it. `family`: a decoder's; None: of an encoder."""
+    of_decoder = {} if family is None else {"architectures": [_PREFIXES[family] + SUFFIX], "pad_token_id": pad_id}
+    return of_decoder | {
         "id2label": {str(index): label for index, label in enumerate(labels)},
         "label2id": {label: index for index, label in enumerate(labels)},
         "problem_type": "multi_label_classification" if several else "single_label_classification",
-        "pad_token_id": pad_id,
     }
 
 

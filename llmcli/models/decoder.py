@@ -369,3 +369,16 @@ class Decoder(nn.Module):
                 bound = math.sqrt(3.0 / inputs)
                 parameter.uniform_(-bound, bound, generator=generator)
         return self
+
+
+def without_head(base: Decoder) -> Decoder:
+    """The same weights, but for a head of its own: only hidden states are asked of it."""
+    if base.config.tie_word_embeddings:
+        return base
+    with torch.device("meta"):
+        model = Decoder(dataclasses.replace(base.config, tie_word_embeddings=True))
+    kept = {name: value for name, value in base.state_dict().items() if name != "lm_head.weight"}
+    model.load_state_dict(kept, assign=True)
+    for name, buffer in base.body.named_buffers():
+        setattr(model.body, name, buffer)
+    return model

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class AdapterModel:
     dropout: Dropout
     facts: Mapping[str, Any]
     ends: Sequence[int] = ()
+    also: Callable[[Path], None] | None = None
 
     def write(self, folder: Path, *, result: bool = False) -> None:
         """PEFT's folder."""
@@ -48,6 +49,8 @@ class AdapterModel:
             ends=self.ends,
         )
         self.tokenizer.save(folder)
+        if self.also is not None:
+            self.also(folder)
 
     def read(self, folder: Path) -> None:
         """The adapters' weights."""

@@ -1,5 +1,7 @@
 """`answer`: a question about a text, answered in words, with the place in the text that says it.
 
+Below stands what a decoder does; encoders, which point at the place, are the business of `answer_span`.
+
 Invariant: a text that is longer than the context is read in windows that overlap, each with the whole question; of the
 windows that answer, the one whose answer is the most probable is believed, and there is no answer where none does.
 """
@@ -18,7 +20,8 @@ from llmcli.data.stop_strings import StopStrings
 from llmcli.data.task_prompts import ANSWER_STOP, NO_ANSWER, answer_parts, said_answer
 from llmcli.data.tokenizer import TextTokenizer
 from llmcli.errors import DataError, UsageError
-from llmcli.files.artefacts import Model
+from llmcli.files.artefacts import Model, find_model, is_onnx, read_json
+from llmcli.models.encoder_config import is_encoder
 from llmcli.operations.generate import Generator, Prompt, Sample, open_generator
 from llmcli.runtime.decoding import STOP, Row, Token
 from llmcli.runtime.sampling import Sampler
@@ -49,12 +52,19 @@ def answer(
     question: str,
     config: AnswerConfig = AnswerConfig(),  # noqa: B008  (frozen)
 ) -> Answered:
-    """Answers a question about a text, by a decoder: a model folder, a run, or a base with an adapter.
+    """Answers a question about a text, by a decoder or an encoder: a model folder, a run, or a base with an adapter.
 
-    Raises DataError for an empty text, UsageError for an empty question and one that leaves the text no room.
+    Raises DataError for an empty text and an encoder that finds no spans, UsageError for an empty question and one that
+    leaves the text no room.
     """
     configs.check(config)
     _refuse_empty(context, question)
+    place = find_model(model)
+    if not is_onnx(place.folder) and is_encoder(read_json(place.folder / "config.json")):
+        from llmcli.operations.answer_span import SpanAnswerer
+
+        (found,) = SpanAnswerer(place, config).answers([(context, question, None)])
+        return Answered(found.answer, found.start, found.end, found.probability, found.windows)
     generator = open_generator(model, device=config.device, threads=config.threads)
     try:
         return answer_by(generator, context, question, config)

@@ -10,16 +10,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from llmcli import settings as configs
 from llmcli.config_finetune import ClassifyConfig
+from llmcli.data.framed import FramedEncoding, fitted
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
 from llmcli.errors import ConfigError, DataError, UsageError
 from llmcli.files.artefacts import Model, ModelPlace, find_model, is_onnx, read_json
+from llmcli.models.encoder_config import is_encoder
 from llmcli.models.labels import gives_several, is_classifier, labels_of
 from llmcli.runtime.session import Logits
 
@@ -49,6 +51,19 @@ class Scorer(Protocol):
         ...
 
 
+@runtime_checkable
+class FrameScorer(Protocol):
+    """A scorer that is told which text of a pair a token is of: an encoder."""
+
+    context: int
+    labels: int
+    names: list[str]  # of the labels
+
+    def framed_scores(self, texts: Sequence[FramedEncoding]) -> Logits:
+        """Of texts of at most `context` tokens: (texts, labels)."""
+        ...
+
+
 class Labeller:
     """A classifier with its tokenizer."""
 
@@ -59,14 +74,14 @@ class Labeller:
         values = read_json(said)
         self.tokenizer = load_tokenizer(place.texts)
         self.scorer, self.config = _opened(place, values, config), config
-        self.labels = labels_of(values, str(said))
+        self.labels = self.scorer.names if isinstance(self.scorer, FrameScorer) else labels_of(values, str(said))
         if len(self.labels) != self.scorer.labels:
             raise ConfigError(f"names {len(self.labels)} labels, the model has {self.scorer.labels}", where=str(said))
         self.several = gives_several(values)
 
-    def classify(self, texts: Iterable[str]) -> Iterator[Classified]:
-        """A record for each text, in order."""
-        held: list[str] = []
+    def classify(self, texts: Iterable[str | tuple[str, str]]) -> Iterator[Classified]:
+        """A record for each text or pair of texts, in order; of a pair `text` has the second one on a line below."""
+        held: list[str | tuple[str, str]] = []
         for text in texts:
             held.append(text)
             if len(held) == _AHEAD * self.config.batch_size:
@@ -74,24 +89,40 @@ class Labeller:
                 held = []
         yield from self._sorted(held)
 
-    def _sorted(self, texts: Sequence[str]) -> Iterator[Classified]:
+    def _sorted(self, given: Sequence[str | tuple[str, str]]) -> Iterator[Classified]:
         context = self.scorer.context
-        whole = [np.asarray(text_ids(self.tokenizer, text), np.int32) for text in texts]
-        for text, ids in zip(texts, whole, strict=True):
-            if not len(ids):
+        texts = [each if isinstance(each, str) else "\n".join(each) for each in given]
+        whole = [self._read(each) for each in given]
+        for text, read in zip(texts, whole, strict=True):
+            if all(of is None for of in read.texts):
                 raise DataError(f"the text {text!r} is empty, so there is nothing to classify")
-        order = sorted(range(len(texts)), key=lambda index: len(whole[index]))
+        order = sorted(range(len(texts)), key=lambda index: len(whole[index].ids))
         found: dict[int, Classified] = {}
         for begin in range(0, len(order), self.config.batch_size):
             batch = order[begin : begin + self.config.batch_size]
-            for index, scores in zip(batch, self._scores([whole[index][:context] for index in batch]), strict=True):
-                found[index] = self._record(texts[index], scores, cut=len(whole[index]) > context)
+            for index, scores in zip(batch, self._scores([whole[index] for index in batch]), strict=True):
+                found[index] = self._record(texts[index], scores, cut=len(whole[index].ids) > context)
         for index in range(len(texts)):
             yield found[index]
 
-    def _scores(self, texts: Sequence[npt.NDArray[np.int32]]) -> list[list[float]]:
+    def _read(self, given: str | tuple[str, str]) -> FramedEncoding:
+        """A text's ids; of a pair, an encoder reads both in one frame, a decoder one on a line below the other."""
+        if isinstance(given, str):
+            return self.tokenizer.encode_framed(given)
+        first, second = given
+        if isinstance(self.scorer, FrameScorer):
+            return self.tokenizer.encode_framed(first, second)
+        return self.tokenizer.encode_framed(f"{first}\n{second}")
+
+    def _scores(self, texts: Sequence[FramedEncoding]) -> list[list[float]]:
         """Probabilities of each text's labels."""
-        found: list[list[float]] = probabilities(self.scorer.scores(texts), several=self.several).tolist()
+        context = self.scorer.context
+        if isinstance(self.scorer, FrameScorer):
+            kept = [text if len(text.ids) <= context else fitted(text, context) or text for text in texts]
+            scores = self.scorer.framed_scores(kept)
+        else:
+            scores = self.scorer.scores([np.asarray(text.ids[:context], np.int32) for text in texts])
+        found: list[list[float]] = probabilities(scores, several=self.several).tolist()
         return found
 
     def _record(self, text: str, scores: Sequence[float], *, cut: bool) -> Classified:
@@ -103,11 +134,13 @@ class Labeller:
         return Classified(text, best if chosen else None, every[best], chosen, every, cut)
 
 
-def _opened(place: ModelPlace, values: dict[str, Any], config: ClassifyConfig) -> Scorer:
+def _opened(place: ModelPlace, values: dict[str, Any], config: ClassifyConfig) -> Scorer | FrameScorer:
     """The model, on the engine that its files ask for."""
     if not is_onnx(place.folder):
-        from llmcli.operations.label_scores import TorchClassifier
+        from llmcli.operations.label_scores import EncoderScorer, TorchClassifier
 
+        if is_encoder(values):
+            return EncoderScorer(place, device=config.device, threads=config.threads)
         return TorchClassifier(place, device=config.device, threads=config.threads)
     if not is_classifier(values):
         raise DataError("is no classifier, but a model that writes", where=str(place.folder))
@@ -134,7 +167,7 @@ def text_ids(tokenizer: TextTokenizer, text: str, pair: str | None = None) -> li
 
 def classify(
     model: Model,
-    texts: str | Iterable[str],
+    texts: str | Iterable[str | tuple[str, str]],
     config: ClassifyConfig = ClassifyConfig(),  # noqa: B008  (frozen)
 ) -> Iterator[Classified]:
     """The labels of a text, or of many, by a classifier: a model or ONNX folder, a run, or a base with an adapter.

@@ -13,8 +13,10 @@ import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from llmcli.config import AnswerConfig
 from llmcli.data.examples import AnswerExample, Example
 from llmcli.data.task_prompts import ANSWER_STOP, answer_parts, said_answer
+from llmcli.errors import ConfigError
 from llmcli.operations.evaluate_figures import Means, Measure, Outcome
 from llmcli.operations.evaluate_model import EvaluatedModel
 
@@ -24,7 +26,7 @@ _TOKENS = 32
 
 
 class AnswerTask:
-    """Answers in words, written greedily."""
+    """Answers in words, written greedily, or those that an encoder finds in the text."""
 
     names: tuple[str, ...] = (
         "exact_match",
@@ -42,11 +44,8 @@ class AnswerTask:
     def outcomes(self, model: EvaluatedModel, examples: Sequence[Example]) -> Iterator[Outcome]:
         """One for each example, in order."""
         questions = [example for example in examples if isinstance(example, AnswerExample)]
-        prompts = (answer_parts(each.context, each.question) for each in questions)
-        tokens = model.config.max_new_tokens or _TOKENS
-        texts = model.written(prompts, ANSWER_STOP, tokens, [each.where for each in questions])
-        for example, (text, cut) in zip(questions, texts, strict=True):
-            answer = said_answer(text)
+        answers = _found(model, questions) if model.is_encoder else _written(model, questions)
+        for example, (answer, cut) in zip(questions, answers, strict=True):
             exact, f1 = answer_scores([text for text, _ in example.answers], answer)
             part = "has_answer" if example.answers else "no_answer"
             values = {"exact_match": exact, "f1": f1, f"{part}_exact_match": exact, f"{part}_f1": f1}
@@ -62,6 +61,26 @@ class AnswerTask:
                 },
                 cut,
             )
+
+
+def _written(model: EvaluatedModel, questions: Sequence[AnswerExample]) -> Iterator[tuple[str, bool]]:
+    prompts = (answer_parts(each.context, each.question) for each in questions)
+    tokens = model.config.max_new_tokens or _TOKENS
+    for text, cut in model.written(prompts, ANSWER_STOP, tokens, [each.where for each in questions]):
+        yield said_answer(text), cut
+
+
+def _found(model: EvaluatedModel, questions: Sequence[AnswerExample]) -> Iterator[tuple[str, bool]]:
+    from llmcli.operations.answer_span import SpanAnswerer
+
+    if model.config.quantize is not None:
+        raise ConfigError("an encoder's weights are read as they are; leave --quantize out", where=model.name)
+    config = AnswerConfig(
+        max_new_tokens=model.config.max_new_tokens or _TOKENS, device=model.config.device, threads=model.config.threads
+    )
+    asked = ((each.context, each.question, each.where) for each in questions)
+    for found in SpanAnswerer(model.place, config).answers(asked):
+        yield found.answer or "", False
 
 
 def normalized(text: str) -> str:

@@ -107,7 +107,7 @@ def confusion_matrix(outcomes: Sequence[Outcome], labels: Sequence[str]) -> list
 def _is_classifier(model: EvaluatedModel) -> bool:
     """Whether the model brings a head and labels of its own."""
     said = model.place.texts / "config.json"
-    return said.is_file() and is_classifier(read_json(said))
+    return said.is_file() and (is_classifier(read_json(said)) or model.is_encoder)  # an encoder cannot be asked
 
 
 def _by_head(model: EvaluatedModel, examples: Sequence[LabelExample]) -> Iterator[tuple[list[str], float, bool]]:
@@ -128,7 +128,7 @@ def _by_head(model: EvaluatedModel, examples: Sequence[LabelExample]) -> Iterato
             if label not in labeller.labels:
                 known = _listed(labeller.labels)
                 raise DataError(f"the label {label!r:.60} is none of the model's: {known}", where=example.where)
-    texts = (each.text if each.text_pair is None else f"{each.text}\n{each.text_pair}" for each in examples)
+    texts = (each.text if each.text_pair is None else (each.text, each.text_pair) for each in examples)
     for found in labeller.classify(texts):
         single = [] if found.label is None else [found.label]
         yield single if found.labels is None else list(found.labels), found.probability, found.cut

@@ -9,6 +9,7 @@ one model's may all lie near 1 and another's around 0.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,12 @@ import torch
 
 from llmcli.data.cores import available_cores
 from llmcli.data.examples import Example, ScoredPairExample
+from llmcli.data.framed import fitted
 from llmcli.errors import ConfigError, DataError
+from llmcli.files.artefacts import refuse_adapter
+from llmcli.models.encoder_folder import load_encoder
+from llmcli.models.pooling import Pooling, pooled, read_pooling
+from llmcli.models.text_model import TextModel, most_tokens
 from llmcli.operations.evaluate_figures import Array, Measure, Outcome, Summed
 from llmcli.operations.evaluate_model import EvaluatedModel
 from llmcli.runtime.torch_session import load_any, working_device
@@ -145,22 +151,36 @@ def cosine(first: Array, second: Array) -> float:
 
 @torch.inference_mode()
 def embeddings(model: EvaluatedModel, texts: Sequence[str]) -> tuple[Array, list[bool]]:
-    """The mean of each text's hidden states, (texts, C), and whether its end was not read."""
+    """Each text's vector as the model's folder says it is made, else the mean of its states; and what was not read.
+
+    (texts, C); whether a text's end was left out. Vectors are not normalized, as their cosines need no norm.
+    """
     if model.is_onnx:
         raise ConfigError("embeds no texts: it is a graph that gives logits", where=model.name)
-    device = working_device(model.config.device)
-    torch.set_num_threads(model.config.threads or available_cores())
-    decoder = load_any(model.place.folder, device, torch.float32, adapter=model.place.adapter)
-    whole = [np.asarray(model.tokenizer.encode(text, special=True), np.int32) for text in texts]
-    longest = decoder.config.max_position_embeddings
-    order = sorted(range(len(texts)), key=lambda number: len(whole[number]))
-    found = np.zeros((len(texts), decoder.config.hidden_size))
-    step = model.config.batch_size or 64
+    place, config = model.place, model.config
+    device = working_device(config.device)
+    torch.set_num_threads(config.threads or available_cores())
+    loaded: TextModel
+    if model.is_encoder:
+        refuse_adapter(place)
+        loaded = load_encoder(place.folder, device, torch.float32)
+    else:
+        loaded = load_any(place.folder, device, torch.float32, adapter=place.adapter)
+    pooling = read_pooling(place.texts) or Pooling()
+    before = pooling.prompts.get(pooling.prompt or "", "")
+    longest = min(pooling.longest or sys.maxsize, most_tokens(loaded.config))
+    whole = [model.tokenizer.encode_framed(before + (text.lower() if pooling.lower else text)) for text in texts]
+    cut = [len(read.ids) > longest for read in whole]
+    ids = [
+        np.asarray((fitted(read, longest) or read).ids if over else read.ids, np.int32)
+        for read, over in zip(whole, cut, strict=True)
+    ]
+    order = sorted(range(len(texts)), key=lambda number: len(ids[number]))
+    found = np.zeros((len(texts), loaded.config.hidden_size))
+    step = config.batch_size or 64
     for begin in range(0, len(order), step):
         numbers = order[begin : begin + step]
-        ids = [whole[number][:longest] for number in numbers]
-        packed = pack(ids, [np.arange(len(each)) for each in ids]).to(decoder.embedding.device)
-        states = decoder.hidden(packed.ids, segments=packed.segments)[0]
-        for number, part in zip(numbers, torch.split(states, [len(each) for each in ids]), strict=True):
-            found[number] = part.mean(0).cpu().numpy()
-    return found, [len(ids) > longest for ids in whole]
+        packed = pack([ids[number] for number in numbers], [np.array([0]) for _ in numbers]).to(loaded.embedding.device)
+        states = loaded.hidden(packed.ids, segments=packed.segments)[0]
+        found[numbers] = pooled(states, packed.lengths, pooling.mode).cpu().numpy()
+    return found, cut

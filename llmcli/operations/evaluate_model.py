@@ -15,7 +15,8 @@ from llmcli.config import EvaluateConfig, GenerateConfig, SamplingConfig
 from llmcli.data.cut_prompts import cut_prompt
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
 from llmcli.errors import DataError, LlmcliError
-from llmcli.files.artefacts import Model, end_ids, find_model, is_onnx
+from llmcli.files.artefacts import Model, end_ids, find_model, is_onnx, read_json
+from llmcli.models.encoder_config import is_encoder
 from llmcli.operations.generate import Failed, Generated, Generator, Prompt
 from llmcli.runtime.scoring import score_ends
 from llmcli.runtime.session import Session
@@ -38,11 +39,18 @@ class EvaluatedModel:
         """Whether it is a graph."""
         return is_onnx(self.place.folder)
 
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it reads texts and writes none."""
+        return not self.is_onnx and is_encoder(read_json(self.place.folder / "config.json"))
+
     @functools.cached_property
     def session(self) -> Session:
         """The model itself."""
         from llmcli.runtime.open import open_session
 
+        if self.is_encoder:
+            raise DataError("is an encoder, which gives texts no probability and writes none", where=self.name)
         config = self.config
         session = open_session(self.place, device=config.device, threads=config.threads, quantize=config.quantize)
         if self.tokenizer.vocab_size > session.vocab_size:

@@ -16,18 +16,19 @@ import torch
 from llmcli import settings as configs
 from llmcli.config_finetune import FinetuneConfig, LabelledConfig, LoraConfig
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
+from llmcli.errors import ConfigError
 from llmcli.files.artefacts import end_ids, resolve_model
 from llmcli.files.manifest import versions
 from llmcli.files.tensors import weights_hash
-from llmcli.models.config import DecoderConfig
 from llmcli.models.decoder import Decoder
-from llmcli.models.folder import load_config, load_model
+from llmcli.models.encoder import Encoder
+from llmcli.models.text_model import TextModel, load_shape, load_to_train, most_tokens
 from llmcli.models.vocabulary import grown, refreshed
 from llmcli.operations import run_folder, training_run
 from llmcli.operations.finetune_data import TuningData, read_data
 from llmcli.operations.finetune_settings import choose_machine, plan_of, settle
 from llmcli.operations.records import Progress
-from llmcli.operations.tasks import Referring, Task, make_task
+from llmcli.operations.tasks import Referring, Task, Writing, make_task
 from llmcli.operations.training_run import Started
 from llmcli.training.loop import Loop, LoopSettings, TrainingEvent, TrainingState, Validation
 from llmcli.training.machine import Machine, prepare_machine
@@ -61,8 +62,8 @@ def finetune(
     """
     inputs = [str(data)] if isinstance(data, str | Path) else [str(item) for item in data]
     settings = _checked(config, lora, labelled, own)
-    make_task(task, own)
     base, place = resolve_model(model, onnx=False), Path(run)
+    make_task(task, own, base)
     run_folder.refuse_taken(place, resume=resume is not None, overwrite=overwrite)
     run_folder.refuse_own(place, [str(base), *inputs, *([config.validation] if config.validation else [])])
     head = {"task": task, "model": str(model), "data": inputs}
@@ -121,7 +122,7 @@ class PreparedRun:
     task: Task
     tokenizer: TextTokenizer
     data: TuningData
-    model: Decoder
+    model: TextModel
     config: FinetuneConfig
     settings: list[Any]
     machine: Machine
@@ -141,8 +142,9 @@ class PreparedRun:
             examples=len(self.data.train),
             length=self.data.mean_length,
         )
-        shape: DecoderConfig = self.model.config
-        return Started(run, plan, self.machine, shape, self.config, resumed, tuple(notices), self.data.described())
+        return Started(
+            run, plan, self.machine, self.model.config, self.config, resumed, tuple(notices), self.data.described()
+        )
 
 
 def prepared_run(
@@ -150,12 +152,12 @@ def prepared_run(
 ) -> Generator[Progress | PreparedRun, None, None]:
     """Reads data and model; yields how far it is, and last what a run needs."""
     config, lora, labelled, *own = settings
-    task = make_task(name, *own)
-    shape = load_config(base)
+    task = make_task(name, own[0] if own else None, base)
+    shape = load_shape(base)
     given = load_tokenizer(base)
     tokenizer = task.tokenizer(given)
     data: TuningData | None = None
-    for record in read_data(inputs, task, tokenizer, shape.max_position_embeddings, config, labelled):
+    for record in read_data(inputs, task, tokenizer, most_tokens(shape), config, labelled):
         if isinstance(record, TuningData):
             data = record
         else:
@@ -165,9 +167,10 @@ def prepared_run(
     prepare_machine(machine)
     share = task.rate_share if isinstance(task, Referring) else 1.0
     config = settle(config, lora, machine, len(data.train), rate_share=share)
-    loaded = load_model(base, "cpu", torch.float32)
+    loaded = load_to_train(base, torch.float32, keep=task.keeps).requires_grad_(True)
     longer = tokenizer.vocab_size > given.vocab_size
     if longer:
+        assert isinstance(loaded, Decoder)
         grown(loaded, tokenizer.vocab_size)
         refreshed(loaded, given.vocab_size, tokenizer.vocab_size)
     model = task.model(loaded, torch.Generator().manual_seed(config.seed)).to(torch.device(machine.device))
@@ -175,13 +178,16 @@ def prepared_run(
     facts = task.facts(tokenizer)
     ends = tuple(dict.fromkeys((*end_ids(base), *task.ends(tokenizer))))
     kept: run_folder.Kept
+    also = task.write if isinstance(task, Writing) else None
     if lora.lora:
+        if isinstance(model, Encoder):
+            raise ConfigError("adapters go on decoders; an encoder is trained whole", where="lora")
         from llmcli.operations.adapter_run import adapted
 
         kept = adapted(model, tokenizer, base, lora, seed=config.seed, new_tokens=longer, facts=facts, ends=ends)
+        kept.also = also
     else:
-        model.requires_grad_(True)
-        kept = run_folder.WholeModel(model, tokenizer, facts, ends)
+        kept = run_folder.WholeModel(model, tokenizer, facts, ends, also)
     model.train()
     yield PreparedRun(task, tokenizer, data, model, config, [config, *settings[1:]], machine, kept)
 
@@ -238,9 +244,15 @@ def loop_of(
     dropout = getattr(prepared.kept, "dropout", None)
 
     def loss(packed: Packed, targets: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        if dropout is not None:  # what is left out depends on the batch alone, so a resumed run leaves out the same
-            dropout.generator.manual_seed((config.seed * 0x9E3779B97F4A7C15 + packed.number) % 2**63)
-        return task.loss(model, packed, targets, scale)
+        # What is left out depends on the batch alone, so a resumed run leaves out the same.
+        seed = (config.seed * 0x9E3779B97F4A7C15 + packed.number) % 2**63
+        if dropout is not None:
+            dropout.generator.manual_seed(seed)
+        if not isinstance(model, Encoder):
+            return task.loss(model, packed, targets, scale)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # an encoder's dropout knows no other
+            torch.manual_seed(seed)
+            return task.loss(model, packed, targets, scale)
 
     return Loop(
         model=model,

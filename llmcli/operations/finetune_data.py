@@ -60,6 +60,7 @@ def read_data(
     def read(paths: Sequence[str]) -> Iterator[Example]:
         return read_examples(paths, task.name, labelled, on_layout=lambda _, layout: layouts.setdefault(layout.name))
 
+    longest = task.longest(min(context, config.max_length or context))
     parts: list[list[Row]] = []
     for paths in (splits.train, held_out):
         rows: list[Row] = []
@@ -72,7 +73,6 @@ def read_data(
     train, validation = parts
     if not train:
         raise DataError("holds no example to train on", where=inputs[0])
-    longest = task.longest(min(context, config.max_length or context))
     train, cut, dropped = _bounded([*train], task, longest, config.on_long)
     validation, cut_too, dropped_too = _bounded(validation, task, longest, config.on_long)
     if held_out:
@@ -121,9 +121,9 @@ def _bounded(rows: list[Row], task: Task, longest: int, on_long: str) -> tuple[l
 
 
 def _split(rows: list[Row], config: FinetuneConfig) -> tuple[list[Row], list[Row]]:
-    """Holds out a share of the rows, those whose hashes are the least; equal texts together."""
+    """Holds out a share of the rows, those whose hashes are the least; what goes together stays together."""
     seed = config.seed.to_bytes(8, "little")
-    marks = [hashlib.sha256(seed + row.ids.tobytes()).digest() for row in rows]
+    marks = [hashlib.sha256(seed + row.together).digest() for row in rows]
     wanted = max(1, round(config.val_split * len(rows)))
     if len(rows) < 2 or len(set(marks)) < 2:
         return rows, []
@@ -148,8 +148,8 @@ def _learnable(train: list[Row], validation: list[Row], task: Task) -> tuple[lis
 
 
 def _refuse_overlap(train: Sequence[Row], validation: Sequence[Row], config: FinetuneConfig) -> None:
-    known = {row.ids.tobytes() for row in train}
-    shared = [row for row in validation if row.ids.tobytes() in known]
+    known = {row.together for row in train}
+    shared = [row for row in validation if row.together in known]
     if shared and not config.allow_overlap:
         raise DataError(
             f"{len(shared):,} of {len(validation):,} validation examples are trained on too, this one among them, so "

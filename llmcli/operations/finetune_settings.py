@@ -10,7 +10,7 @@ import math
 
 from llmcli.config_finetune import FinetuneConfig, LoraConfig
 from llmcli.errors import ConfigError
-from llmcli.models.config import DecoderConfig
+from llmcli.models.text_model import Shape
 from llmcli.training.machine import Machine, choose_device, choose_precision, choose_threads
 from llmcli.training.plan import Plan, make_plan
 
@@ -18,7 +18,7 @@ _EPOCHS = 3.0
 _VALIDATIONS = 20
 
 
-def choose_machine(config: FinetuneConfig, shape: DecoderConfig) -> Machine:
+def choose_machine(config: FinetuneConfig, shape: Shape) -> Machine:
     """Where it is trained, and in which precision."""
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device, shape.hidden_size)
@@ -64,7 +64,7 @@ def steps_of(config: FinetuneConfig, examples: int) -> int | None:
 
 def plan_of(
     config: FinetuneConfig,
-    shape: DecoderConfig,
+    shape: Shape,
     *,
     parameters: int,
     trained: int,

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -33,10 +33,7 @@ from llmcli.files.checkpoints import OPTIMIZER, STATE, latest_checkpoint, save_c
 from llmcli.files.manifest import manifest_problems, read_manifest, write_manifest
 from llmcli.files.reference import REFERENCE
 from llmcli.files.tensors import load_tensors, load_weights, save_tensors
-from llmcli.models.decoder import Decoder
-from llmcli.models.encoder import Encoder
-from llmcli.models.encoder_folder import encoder_names, save_encoder
-from llmcli.models.folder import save_model
+from llmcli.models.text_model import TextModel, restore, save_text_model
 from llmcli.training.loop import TrainingState
 from llmcli.training.optimizer import Optimizer
 
@@ -181,12 +178,17 @@ class Kept(Protocol):
 
 @dataclasses.dataclass
 class WholeModel:
-    """All weights of a model, with the tokenizer. `facts`: further keys of config.json; `ends`: see `save_model`."""
+    """All weights of a model, with the tokenizer.
 
-    model: Decoder | Encoder
+    `facts`: further keys of config.json, as they are when it is written; `ends`: see `save_model`; `also`: writes what
+    else the folder has.
+    """
+
+    model: TextModel
     tokenizer: TextTokenizer
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ends: Sequence[int] = ()
+    also: Callable[[Path], None] | None = None
 
     @property
     def special_ids(self) -> dict[str, int | None]:
@@ -195,19 +197,18 @@ class WholeModel:
 
     def write(self, folder: Path, *, result: bool = False) -> None:
         """The model's folder."""
-        if isinstance(self.model, Encoder):
-            save_encoder(self.model, folder, special_ids=self.special_ids, facts=self.facts)
-        else:
-            save_model(self.model, folder, special_ids=self.special_ids, facts=self.facts, ends=self.ends)
+        save_text_model(self.model, folder, special_ids=self.special_ids, facts=self.facts, ends=self.ends)
         self.tokenizer.save(folder)
+        if self.also is not None:
+            self.also(folder)
 
     def read(self, folder: Path) -> None:
-        """The weights alone: the tokenizer is the run's."""
+        """The weights, and what validation had found out by then; the tokenizer is the run's."""
+        if isinstance(self.facts, dict):
+            known = read_json(folder / "config.json")
+            self.facts.update({name: known[name] for name in self.facts if name in known})
         try:
-            weights = load_weights(folder, str(self.model.embedding.device))
-            if isinstance(self.model, Encoder):
-                weights = encoder_names(self.model.config, weights)
-            self.model.load_state_dict(weights)
+            restore(self.model, load_weights(folder, str(self.model.embedding.device)))
         except RuntimeError as error:
             raise DataError("the checkpoint's weights do not fit the run's settings", where=str(folder)) from error
 

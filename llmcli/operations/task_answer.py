@@ -5,8 +5,10 @@ Invariant: an answer that is cut to stays in what is left of its text.
 
 from __future__ import annotations
 
+from llmcli.config_finetune import AnswerTuneConfig
 from llmcli.data.examples import AnswerExample, Example
 from llmcli.data.task_prompts import ANSWER_STOP, NO_ANSWER, answer_parts
+from llmcli.errors import ConfigError
 from llmcli.operations.task_prompted import Asked, PromptedTask, of_another_task
 
 
@@ -15,6 +17,11 @@ class AnswerTask(PromptedTask):
 
     name = "answer"
     stop = ANSWER_STOP
+
+    def __init__(self, config: AnswerTuneConfig = AnswerTuneConfig()) -> None:  # noqa: B008  (frozen)
+        super().__init__()
+        if config != AnswerTuneConfig():
+            raise ConfigError("is of encoders, which read a text in windows; this is a decoder", where="doc_stride")
 
     def asked(self, example: Example) -> Asked:
         """The question, and its answer in one line."""

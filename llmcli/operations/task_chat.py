@@ -21,6 +21,7 @@ from llmcli.data.examples import ChatExample, CompletionExample, Example, TextEx
 from llmcli.data.tokenizer import TextTokenizer
 from llmcli.errors import DataError
 from llmcli.models.decoder import Decoder
+from llmcli.models.text_model import TextModel
 from llmcli.operations.chat_examples import ChatExampleEncoder
 from llmcli.operations.chat_ids import ChatIds
 from llmcli.operations.tasks import Row
@@ -33,6 +34,7 @@ class ChatTask:
     """Rows: `wanted` says for each id whether it is trained on."""
 
     name = "chat"
+    keeps: Sequence[str] = ()
 
     def __init__(self) -> None:
         self._sizes: np.ndarray[Any, np.dtype[np.int64]] = np.zeros(0, np.int64)  # bytes of each token
@@ -76,7 +78,7 @@ class ChatTask:
     def settle(self, train: Sequence[Row], validation: Sequence[Row]) -> None:
         """Any rows will do."""
 
-    def model(self, base: Decoder, generator: torch.Generator) -> Decoder:
+    def model(self, base: TextModel, generator: torch.Generator) -> TextModel:
         """The base itself."""
         return base
 
@@ -95,13 +97,15 @@ class ChatTask:
         targets = np.concatenate([row.ids[1:][row.wanted[1:]] for row in rows]).astype(np.int64)
         return packed, torch.from_numpy(targets)
 
-    def loss(self, model: Decoder, packed: Packed, targets: Tensor, scale: Tensor) -> Tensor:
+    def loss(self, model: TextModel, packed: Packed, targets: Tensor, scale: Tensor) -> Tensor:
         """Cross-entropy at the chosen places alone: logits of prompts are never made."""
+        assert isinstance(model, Decoder)
         states = model.hidden(packed.ids, segments=packed.segments)[0].index_select(0, packed.chosen)
         return head_loss(states, model.head, targets, scale)
 
-    def validate(self, model: Decoder, batches: Iterable[tuple[Packed, Tensor]]) -> Validation:
+    def validate(self, model: TextModel, batches: Iterable[tuple[Packed, Tensor]]) -> Validation:
         """Nats per token and bits per byte of what the assistant says."""
+        assert isinstance(model, Decoder)
         nats, tokens, size = 0.0, 0, 0
         for packed, targets in batches:
             states = model.hidden(packed.ids, segments=packed.segments)[0].index_select(0, packed.chosen)

@@ -21,6 +21,7 @@ from llmcli.data.tokenizer import TextTokenizer
 from llmcli.errors import DataError
 from llmcli.models.classifier import Classifier, classifier_facts, classifier_from
 from llmcli.models.decoder import Decoder
+from llmcli.models.text_model import TextModel
 from llmcli.operations.classify import text_ids
 from llmcli.operations.tasks import Row
 from llmcli.training.loop import Validation
@@ -31,6 +32,7 @@ class ClassifyTask:
     """Rows: `wanted` is the tuple of labels."""
 
     name = "classify"
+    keeps: Sequence[str] = ()
 
     def __init__(self, config: ClassifyTuneConfig = ClassifyTuneConfig()) -> None:  # noqa: B008  (frozen)
         self.config = config
@@ -51,10 +53,14 @@ class ClassifyTask:
                 raise DataError(
                     f"has {len(example.labels)} labels; --multi-label learns any number of them", where=example.where
                 )
-            ids = text_ids(tokenizer, example.text, example.text_pair)
-            if not ids:
-                raise DataError("the text is empty", where=example.where)
-            yield Row(np.asarray(ids, np.int32), example.labels, example.where)
+            yield self.row(example, tokenizer)
+
+    def row(self, example: LabelExample, tokenizer: TextTokenizer) -> Row:
+        """The row of a text, or of a pair."""
+        ids = text_ids(tokenizer, example.text, example.text_pair)
+        if not ids:
+            raise DataError("the text is empty", where=example.where)
+        return Row(np.asarray(ids, np.int32), example.labels, example.where)
 
     def longest(self, context: int) -> int:
         """All tokens are read."""
@@ -90,8 +96,9 @@ class ClassifyTask:
             found = torch.tensor([float(counts[label]) for label in self.labels])
             self._weights = found.sum() / (len(found) * found)
 
-    def model(self, base: Decoder, generator: torch.Generator) -> Decoder:
+    def model(self, base: TextModel, generator: torch.Generator) -> TextModel:
         """The base under a head of its own."""
+        assert isinstance(base, Decoder)
         self._family = base.config.model_type
         return classifier_from(base, len(self.labels), generator)
 
@@ -107,7 +114,7 @@ class ClassifyTask:
     def batch(self, rows: Sequence[Row]) -> tuple[Packed, Tensor]:
         """Targets: the label's number (R,); of several labels 0 or 1 for each (R, labels)."""
         numbers = {label: index for index, label in enumerate(self.labels)}
-        packed = pack([row.ids for row in rows], [np.array([len(row.ids) - 1]) for row in rows])
+        packed = self.packed(rows)
         if not self.config.multi_label:
             return packed, torch.tensor([numbers[row.wanted[0]] for row in rows])
         targets = torch.zeros(len(rows), len(self.labels))
@@ -115,11 +122,18 @@ class ClassifyTask:
             targets[place, [numbers[label] for label in row.wanted]] = 1.0
         return packed, targets
 
-    def loss(self, model: Decoder, packed: Packed, targets: Tensor, scale: Tensor) -> Tensor:
-        """Cross-entropy of the label; of several, the mean of each label's own."""
+    def packed(self, rows: Sequence[Row]) -> Packed:
+        """The texts side by side; chosen are their last tokens."""
+        return pack([row.ids for row in rows], [np.array([len(row.ids) - 1]) for row in rows])
+
+    def scores(self, model: TextModel, packed: Packed) -> Tensor:
+        """(R, labels)."""
         assert isinstance(model, Classifier)
-        scores = model.scores(packed.ids, packed.segments, packed.chosen).float()
-        return self._summed(scores, targets) * scale
+        return model.scores(packed.ids, packed.segments, packed.chosen).float()
+
+    def loss(self, model: TextModel, packed: Packed, targets: Tensor, scale: Tensor) -> Tensor:
+        """Cross-entropy of the label; of several, the mean of each label's own."""
+        return self._summed(self.scores(model, packed), targets) * scale
 
     def _summed(self, scores: Tensor, targets: Tensor) -> Tensor:
         weights = self._weights.to(scores.device)
@@ -133,12 +147,11 @@ class ClassifyTask:
         every = labels if self.config.multi_label else F.one_hot(labels, len(self.labels))
         return every.bool().cpu().numpy()
 
-    def validate(self, model: Decoder, batches: Iterable[tuple[Packed, Tensor]]) -> Validation:
+    def validate(self, model: TextModel, batches: Iterable[tuple[Packed, Tensor]]) -> Validation:
         """The loss of an example, accuracy (all labels right) and macro-F1."""
-        assert isinstance(model, Classifier)
         loss, found, expected = 0.0, [], []
         for packed, targets in batches:
-            scores = model.scores(packed.ids, packed.segments, packed.chosen).float()
+            scores = self.scores(model, packed)
             loss += float(self._summed(scores, targets))
             several = self.config.multi_label
             found.append(

@@ -26,6 +26,7 @@ from llmcli.data.tokenizer import TextTokenizer
 from llmcli.errors import DataError
 from llmcli.files.reference import REFERENCE, Array, read_reference, write_reference
 from llmcli.models.decoder import Decoder
+from llmcli.models.text_model import TextModel
 from llmcli.operations.chat_examples import ChatExampleEncoder
 from llmcli.operations.records import Progress
 from llmcli.operations.task_chat import ChatTask
@@ -103,24 +104,26 @@ class PreferTask(ChatTask):
         known = torch.tensor([self._reference.get(_key(row), (0.0, 0.0)) for row in rows])
         return packed, torch.cat([known, torch.tensor(counts, dtype=torch.float32).view(-1, 2)], 1)
 
-    def margins(self, model: Decoder, packed: Packed, targets: Tensor) -> Tensor:
+    def margins(self, model: TextModel, packed: Packed, targets: Tensor) -> Tensor:
         """What the model has come to prefer the better answers by, times beta. Returns (R,)."""
+        assert isinstance(model, Decoder)
         found = answer_log_probabilities(model, packed, targets[:, 2:].int().flatten().tolist())
         gained = found - targets[:, :2]
         return self.config.beta * (gained[:, 0] - gained[:, 1])
 
-    def loss(self, model: Decoder, packed: Packed, targets: Tensor, scale: Tensor) -> Tensor:
+    def loss(self, model: TextModel, packed: Packed, targets: Tensor, scale: Tensor) -> Tensor:
         """-log sigmoid of the margin; smoothed, a share of it as if both had been exchanged."""
         return preference_losses(self.margins(model, packed, targets), self.config.label_smoothing).sum() * scale
 
-    def validate(self, model: Decoder, batches: Iterable[tuple[Packed, Tensor]]) -> Validation:
+    def validate(self, model: TextModel, batches: Iterable[tuple[Packed, Tensor]]) -> Validation:
         """The loss of a pair; the share of pairs whose margin is above 0; the mean margin."""
         found = torch.cat([self.margins(model, packed, targets).cpu() for packed, targets in batches])
         figures = {"accuracy": float((found > 0).float().mean()), "margin": float(found.mean())}
         return Validation(float(preference_losses(found, self.config.label_smoothing).mean()), None, figures)
 
-    def refer(self, model: Decoder, rows: Sequence[Row], run: Path, key: str) -> Generator[Progress, None, None]:
+    def refer(self, model: TextModel, rows: Sequence[Row], run: Path, key: str) -> Generator[Progress, None, None]:
         """Reads what the beginning gives each answer from the run's folder, or computes it and writes it there."""
+        assert isinstance(model, Decoder)
         path = run / REFERENCE
         values = read_reference(path, key, len(rows))
         if values is None:

@@ -16,8 +16,7 @@ from llmcli.errors import LlmcliError, UsageError
 from llmcli.files.artefacts import METRICS, RESULT, RUN_CONFIG
 from llmcli.files.checkpoints import keep_newest, latest_checkpoint
 from llmcli.files.journal import Journal
-from llmcli.models.config import DecoderConfig
-from llmcli.models.encoder_config import EncoderConfig
+from llmcli.models.text_model import Shape
 from llmcli.operations import run_folder
 from llmcli.training.loop import Loop, NotFiniteError, TrainingEvent, TrainingState
 from llmcli.training.machine import Machine
@@ -32,7 +31,7 @@ class Started:
     run: str
     plan: Plan
     machine: Machine
-    model: DecoderConfig | EncoderConfig
+    model: Shape
     settings: Any  # PretrainConfig or FinetuneConfig, settled
     resumed_from: int | None
     notices: tuple[str, ...] = ()

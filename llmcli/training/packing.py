@@ -29,20 +29,29 @@ class Packed:
     segments: Segments
     chosen: Tensor  # (M,)
     number: int = 0  # of the batch, for what is drawn at random
+    types: Tensor | None = None  # (1, N): of each token, whether it is of a first text (0) or of a second (1)
+
+    @property
+    def lengths(self) -> Tensor:
+        """The tokens of each text: (R,)."""
+        positions = self.segments.positions[0]
+        starts = (positions == 0).nonzero().flatten()
+        return torch.diff(starts, append=starts.new_tensor([len(positions)]))
 
     def to(self, device: torch.device) -> Packed:
         """The same on a device."""
         moved = self.ids.to(device), self.segments.to(device), self.chosen.to(device)
-        return Packed(*moved, self.number)
+        return Packed(*moved, self.number, None if self.types is None else self.types.to(device))
 
 
-def pack(texts: Sequence[Ids], chosen: Sequence[Ids]) -> Packed:
+def pack(texts: Sequence[Ids], chosen: Sequence[Ids], *, types: Sequence[Ids] | None = None) -> Packed:
     """Texts of ids side by side. `chosen`: the places of each text that are wanted, counted from its begin."""
     lengths = [len(text) for text in texts]
     starts = np.cumsum([0, *lengths[:-1]])
     places = np.concatenate([start + each for start, each in zip(starts, chosen, strict=True)]).astype(np.int64)
     ids = torch.from_numpy(np.concatenate(texts).astype(np.int64))[None]
-    return Packed(ids, segments_of(lengths), torch.from_numpy(places))
+    joined = None if types is None else torch.from_numpy(np.concatenate(types).astype(np.int64))[None]
+    return Packed(ids, segments_of(lengths), torch.from_numpy(places), types=joined)
 
 
 class ExampleOrder:

@@ -65,12 +65,13 @@ def make_plan(
     """
     context, size = length or config.max_position_embeddings, config.hidden_size
     trained = parameters if trained is None else trained
-    tied = not isinstance(config, DecoderConfig) or config.tie_word_embeddings
+    tied = isinstance(config, EncoderConfig) or config.tie_word_embeddings
     embedding = config.vocab_size * size * (1 if tied else 2)
     tokens = rows * context
     width = 2 if precision == "bfloat16" else 4
-    wide = config.num_attention_heads * config.head_dim if isinstance(config, DecoderConfig) else 2 * size
-    attention = 6 * config.num_hidden_layers * wide * context
+    wide = size if isinstance(config, EncoderConfig) else config.num_attention_heads * config.head_dim
+    # Half of what looks back alone is masked.
+    attention = (12 if isinstance(config, EncoderConfig) else 6) * config.num_hidden_layers * wide * context
     head = 6.0 * (1 - head_share) * config.vocab_size * size
     flops = (6.0 * trained + 4.0 * (parameters - trained) + attention - head) * tokens
     micro_tokens = tokens // grad_accumulation
