@@ -15,7 +15,7 @@ from small_run import fingerprint, make_corpus, metrics, text, tiny, tree, words
 from llmcli.config import ObjectiveConfig, PretrainConfig, TextConfig
 from llmcli.data.frames import is_framed
 from llmcli.data.tokenizer import load_tokenizer
-from llmcli.errors import ConfigError, DataError
+from llmcli.errors import ConfigError, DataError, UsageError
 from llmcli.files.manifest import read_manifest
 from llmcli.models.encoder_folder import load_encoder
 from llmcli.models.folder import load_model
@@ -173,6 +173,7 @@ def test_an_encoder_that_makes_its_own_tokenizer_may_be_a_roberta(tmp_path: Path
         ({"family": "roberta"}, {"objective": "masked"}, "family: roberta counts positions from behind its padding"),
         ({}, {"objective": "masked", "mask_token_share": 0.95}, "mask_token_share: and mask_random_share are more"),
         ({}, {"objective": "contrastive"}, "init: contrastive begins from a model"),
+        ({"compile": "on"}, {"objective": "contrastive", "init": "x"}, "compile: there is nothing to compile"),
         ({"kind": "bpe", "lowercase": True}, {"objective": "masked"}, "lowercase: is for --kind wordpiece"),
     ],
 )
@@ -313,6 +314,11 @@ def test_pairs_are_contrasted_and_scored_pairs_decide(tmp_path: Path, masked: Pa
         go(tmp_path / "scored.csv", tmp_path / "no", light(), objective)
 
 
+def test_a_corpus_has_no_sentences_to_contrast(tmp_path: Path, masked: Path, corpus: Path) -> None:
+    with pytest.raises(UsageError, match="is a corpus, which has no sentences any more"):
+        go(corpus, tmp_path / "run", light(), contrast(masked))
+
+
 def test_the_plan_of_a_run_by_contrast_tells_its_data(tmp_path: Path, masked: Path, notes: Path) -> None:
     done = run(
         *("pretrain", str(notes), "-o", "run", "--objective", "contrastive", "--init", str(masked), "--dry-run"),
@@ -321,6 +327,7 @@ def test_the_plan_of_a_run_by_contrast_tells_its_data(tmp_path: Path, masked: Pa
     assert done.stdout.startswith("data       ")
     planned = plan_pretraining(notes, light(), objective=contrast(masked))
     assert planned.plan.steps == 8
+    assert set(planned.facts) == {"data", "init"}
     notes.write_text("only one line\n")
     with pytest.raises(DataError, match="holds 1 texts; two at least are needed"):
         plan_pretraining(notes, light(), objective=contrast(masked))

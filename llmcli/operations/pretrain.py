@@ -65,7 +65,7 @@ def pretrain(
         configs.check(each)
     check_objective(config, objective)
     inputs = [str(data)] if isinstance(data, str | os.PathLike) else [str(item) for item in data]
-    _refuse_unused(inputs, config, text)
+    _refuse_unused(inputs, config, text, objective)
     place = Path(run)
     again = resume is not None
     run_folder.refuse_taken(place, resume=again, overwrite=overwrite)
@@ -102,11 +102,13 @@ def plan_pretraining(
         configs.check(each)
     check_objective(config, objective)
     inputs = [str(data)] if isinstance(data, str | os.PathLike) else [str(item) for item in data]
-    _refuse_unused(inputs, config, text)
+    _refuse_unused(inputs, config, text, objective)
     if objective.objective == "contrastive":
         for record in prepared_contrast(inputs, config, text, objective):
             if isinstance(record, Prepared):
-                settled, told = record.settled, {"data": record.data.described()}
+                settled = record.settled
+                begun = built(settled, record.tokenizer, open_base(objective.init or ""))[1]
+                told = {"data": record.data.described(), **begun}
                 return Started("", settled.plan, settled.machine, settled.shape, settled.config, None, facts=told)
     base = None if objective.init is None else open_base(objective.init)
     own: TextTokenizer | None
@@ -148,10 +150,12 @@ def _tokenizer_path(config: PretrainConfig, base: Base | None) -> str | None:
     return config.tokenizer or (None if base is None else str(base.folder))
 
 
-def _refuse_unused(inputs: Sequence[str], config: PretrainConfig, text: TextConfig) -> None:
-    """Raises UsageError for a setting that says how text becomes a corpus, where DATA is one already."""
+def _refuse_unused(inputs: Sequence[str], config: PretrainConfig, text: TextConfig, objective: ObjectiveConfig) -> None:
+    """Raises UsageError for a setting that says how text becomes a corpus, where DATA is one, or must not be one."""
     if not _is_corpus(inputs):
         return
+    if objective.objective == "contrastive":
+        raise UsageError("is a corpus, which has no sentences any more; give its text", where=inputs[0])
     asked = [(name, config, PretrainConfig()) for name in ("kind", "lowercase", "val_fraction", "val_by")]
     asked += [(field.name, text, TextConfig()) for field in dataclasses.fields(text)]  # type: ignore[misc]
     for name, values, default in asked:

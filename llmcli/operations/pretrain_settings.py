@@ -74,6 +74,8 @@ def check_objective(config: PretrainConfig, objective: ObjectiveConfig) -> None:
         raise ConfigError("and mask_random_share are more than 1 together", where="mask_token_share")
     if objective.objective == "contrastive" and objective.init is None:
         raise ConfigError("contrastive begins from a model: name it", where="init")
+    if objective.objective == "contrastive" and config.compile == "on":
+        raise ConfigError("there is nothing to compile for contrastive, whose texts are of any length", where="compile")
     if config.lowercase and (config.kind or ("wordpiece" if encoder else "bpe")) != "wordpiece":
         raise ConfigError("is for --kind wordpiece; the other kinds keep every text as it is", where="lowercase")
 
@@ -235,7 +237,7 @@ def settle(
         head_share=head_share,
     )
     pays = compiler_found(device) and compile_pays(plan) and not contrastive  # whose lengths change
-    compiles = (config.compile == "on" and not contrastive) or (config.compile == "auto" and pays)
+    compiles = config.compile == "on" or (config.compile == "auto" and pays)
     machine = Machine(device, precision, compiles, choose_threads(config.threads))
     rate = config.learning_rate or _RATES[objective.objective][0 if muon else 2]
     rest_rate = config.embedding_learning_rate or (_RATES[objective.objective][1] if muon else rate)
