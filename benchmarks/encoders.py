@@ -1,4 +1,4 @@
-"""Sentences/s of an encoder from text to vectors, beside its peers in alternated rounds, and what the vectors are worth.
+"""Sentences/s of an encoder from text to vectors, beside its peers in alternated rounds, and what those are worth.
 
     python benchmarks/encoders.py [--peers-python PYTHON] [--openvino-python PYTHON]
 
