@@ -42,7 +42,13 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def make_encoder(
-    folder: Path, *, family: str = "bert", pooling: Pooling | None = None, positions: int = 24, seed: int = 0
+    folder: Path,
+    *,
+    family: str = "bert",
+    pooling: Pooling | None = None,
+    positions: int = 24,
+    size: int = 16,
+    seed: int = 0,
 ) -> Path:
     """A model folder of an encoder; `pooling` makes it one of sentence-transformers'."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -56,7 +62,7 @@ def make_encoder(
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     tokenizer.add_special_tokens(SPECIAL)
     types = 0 if family == "distilbert" else 2
-    model = Encoder(EncoderConfig(family, len(tokens), 16, 2, 2, 24, positions, types))
+    model = Encoder(EncoderConfig(family, len(tokens), size, 2, 2, 24, positions, types))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -67,5 +73,5 @@ def make_encoder(
     roles = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True))
     (folder / "tokenizer_config.json").write_text(json.dumps({**roles, "tokenizer_class": "BertTokenizer"}))
     if pooling is not None:
-        write_pooling(folder, pooling, 16)
+        write_pooling(folder, pooling, size)
     return folder

@@ -98,7 +98,14 @@ def test_vectors_of_another_model_are_refused(model: Path, texts: Path, tmp_path
     index(texts, model, place)
     other = make_encoder(tmp_path / "other", seed=1)
     before = (place / "index.json").read_bytes()
-    for act in (lambda: index(texts, other, place), lambda: searcher(place, other)):
+    wider = make_encoder(tmp_path / "wider", size=24)
+    narrower = make_encoder(tmp_path / "narrower", size=8)
+    for act in (
+        lambda: index(texts, other, place),
+        lambda: searcher(place, other),
+        lambda: searcher(place, wider),
+        lambda: searcher(place, narrower),
+    ):
         with pytest.raises(UsageError, match="holds vectors of another model"):
             act()
     with pytest.raises(UsageError, match="other pooling"):

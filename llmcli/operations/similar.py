@@ -243,6 +243,7 @@ def _made_by(embedder: Embedder) -> dict[str, Any]:
         "stamps": _stamps(place),
         "pooling": facts.pooling,
         "dimensions": facts.dimensions,
+        "cut": embedder.config.dimensions,
         "lower": embedder.own.lower,
     }
 
@@ -298,7 +299,7 @@ class Searcher:
                 raise DataError(
                     f"the model that made it is no longer at {of['path']}; name it: --model", where=str(index)
                 )
-        whole = _embedding(config, pooling=of.get("pooling"), dimensions=of.get("dimensions"))
+        whole = _embedding(config, pooling=of.get("pooling"), dimensions=of.get("cut"))
         self.embedder = Embedder(model, whole, purposes=QUERY)
         _refuse_another(self.index, self.embedder)
         self.nearest = Nearest(self.index.codes, self.index.steps, self.index.vectors, threads=config.threads)
