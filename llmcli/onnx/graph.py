@@ -281,7 +281,8 @@ class Graph:
             self.inputs,
             self.outputs,
             nodes=self._nodes,
-            initializers=list(self._constants.values()),
+            # Codes that are only gathered are known to the graph by the name of their rows alone.
+            initializers=[value for value in self._constants.values() if value.uses() or value in self.inputs],
             opset_imports=dict(self.opsets),
             name=name,
         )

@@ -33,7 +33,7 @@ OUTPUTS = {
     "classifier": ("logits", "last_hidden_state"),
     "span": ("start_logits", "end_logits", "last_hidden_state"),
 }
-_TOKENS = 192  # of a batch, those that fill it up among them; what a core's cache holds at the usual widths
+_TOKENS = 256  # of a batch, those that fill it up among them; what a core's cache holds at the usual widths
 _FILLED = 8  # a text that is this much shorter than the longest of a batch begins another
 
 
