@@ -15,17 +15,20 @@ import torch
 from click.testing import CliRunner
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from small_encoder_text import WORDS
 from small_tokenizer import make_tokenizer
 from small_tuning import go, make_base, reviews, tiny
+from test_encoder_export import exported
+from test_encoder_export import make as make_encoder
 from test_onnx_session import make_model as make_bare
 
 from llmcli.cli.main import main
 from llmcli.config import ClassifyConfig, EvaluateConfig, ExportConfig
 from llmcli.data.tokenizer import load_tokenizer
-from llmcli.errors import CheckError, ConfigError, DataError
+from llmcli.errors import CheckError, ConfigError, DataError, UsageError
 from llmcli.models.classifier import classifier_facts, classifier_from
 from llmcli.models.folder import load_model, save_model
-from llmcli.operations.classify import classify
+from llmcli.operations.classify import Labeller, classify
 from llmcli.operations.evaluate import evaluate
 from llmcli.operations.evaluate_labelled import TaskReport
 from llmcli.operations.export import ExportReport, export
@@ -201,3 +204,23 @@ def test_classifying_by_a_graph_imports_no_torch(tmp_path: Path, text: str) -> N
     found = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True, env=environment)
     assert "onnxruntime" in found.stdout.split()
     assert "torch" not in found.stdout.split()
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_an_encoders_graph_gives_the_labels_of_its_model(tmp_path: Path, family: str) -> None:
+    source = make_encoder(tmp_path / "model", family, "classifier")
+    exported(source, tmp_path / "out")
+    texts: list[Any] = [" ".join(WORDS[:5]), WORDS[6], (WORDS[2], " ".join(WORDS[3:9])), " ".join(WORDS[:20] * 4)]
+    config = ClassifyConfig(threads=1)
+    expected, found = (list(Labeller(place, config).classify(texts)) for place in (source, tmp_path / "out"))
+    assert [each.cut for each in found] == [False, False, False, True]
+    for one, other in zip(found, expected, strict=True):
+        assert (one.label, one.cut) == (other.label, other.cut)
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-4)
+    (tmp_path / "a.tsv").write_text(f"text\tlabel\n{texts[0]}\tLABEL_0\n{texts[1]}\tLABEL_1\n")
+    *_, report = evaluate(tmp_path / "out", [str(tmp_path / "a.tsv")], EvaluateConfig(task="classify", threads=1))
+    assert isinstance(report, TaskReport)
+    right = [each.label == label for each, label in zip(found, ("LABEL_0", "LABEL_1"), strict=False)]
+    assert report.metrics["accuracy"] == sum(right) / 2
+    with pytest.raises(UsageError, match="exported encoders run on the CPU"):
+        labelled(tmp_path / "out", ["it"], device="cuda")

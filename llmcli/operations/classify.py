@@ -146,6 +146,12 @@ def _opened(place: ModelPlace, values: dict[str, Any], config: ClassifyConfig) -
         raise DataError("is no classifier, but a model that writes", where=str(place.folder))
     if config.device == "mps":
         raise UsageError("ONNX folders run on cpu or cuda; mps needs the model that was exported", where="--device")
+    if is_encoder(values):
+        from llmcli.operations.graph_scores import GraphEncoderScorer
+
+        if config.device == "cuda":
+            raise UsageError("exported encoders run on the CPU; give the model that was exported", where="--device")
+        return GraphEncoderScorer(Path(place.folder), threads=config.threads)
     from llmcli.runtime.onnx_classifier import OnnxClassifier
 
     device = "cuda" if config.device == "cuda" else "cpu"

@@ -91,6 +91,10 @@ class EncoderSession:
         self.hidden_size = int(self._sizes["last_hidden_state"][-1])
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
+    def size_of(self, output: str) -> int:
+        """Numbers in a row of an output: the labels of a classifier."""
+        return int(self._sizes[output][-1])
+
     def vectors(self, texts: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> Array:
         """A vector a text, pooled and normalised as the graph does it: (texts, C)."""
         return np.stack(self.run(texts, "sentence_embedding", types)) if texts else self._none()
