@@ -48,6 +48,13 @@ class ObjectiveConfig:
     pooling: str = setting(
         "mean", "contrastive: how token states become a text's vector.", group="Objective", choices=("mean", "cls")
     )
+    views: str = setting(
+        "dropout",
+        "contrastive: what belongs together in text: a sentence and itself under another dropout, or it and the next "
+        "one of its document.",
+        group="Objective",
+        choices=("dropout", "next"),
+    )
     cut_sentences: bool = setting(
         True, "contrastive: cut documents into sentences; else a document is one text.", group="Objective"
     )

@@ -21,6 +21,7 @@ from llmcli.models.encoder_folder import load_encoder
 from llmcli.models.folder import load_model
 from llmcli.models.presets import ENCODER_PRESETS, count_encoder_parameters, preset_table
 from llmcli.operations.pretrain import plan_pretraining, pretrain
+from llmcli.operations.pretrain_contrastive import Prepared, prepared_contrast
 from llmcli.operations.pretrain_settings import settle
 from llmcli.operations.training_run import Started
 from llmcli.operations.verify import verify
@@ -312,6 +313,24 @@ def test_pairs_are_contrasted_and_scored_pairs_decide(tmp_path: Path, masked: Pa
     assert (flags["pooling_mode_cls_token"], flags["pooling_mode_mean_tokens"]) == (True, False)
     with pytest.raises(DataError, match="holds scored pairs: finetune embed learns from them"):
         go(tmp_path / "scored.csv", tmp_path / "no", light(), objective)
+
+
+def test_a_sentence_may_belong_to_the_next_one_of_its_document(tmp_path: Path, masked: Path) -> None:
+    (tmp_path / "a.txt").write_text("The first one is here. The second one is here. The third one is here.")
+    (tmp_path / "b.txt").write_text("Another one is alone.")
+    inputs = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
+    for prepared in prepared_contrast(inputs, light(val_fraction=0), TextConfig(), contrast(masked, views="next")):
+        pass
+    assert isinstance(prepared, Prepared)
+    told = [tuple(prepared.tokenizer.decode(list(ids[1:-1])) for ids in group) for group in prepared.data.train]
+    assert told == [
+        ("The first one is here.", "The second one is here."),
+        ("The second one is here.", "The third one is here."),
+        ("The third one is here.", "The third one is here."),
+        ("Another one is alone.", "Another one is alone."),
+    ]
+    with pytest.raises(ConfigError, match="views: next needs sentences"):
+        go(inputs, tmp_path / "run", light(), contrast(masked, views="next", cut_sentences=False))
 
 
 def test_a_corpus_has_no_sentences_to_contrast(tmp_path: Path, masked: Path, corpus: Path) -> None:

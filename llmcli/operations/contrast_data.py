@@ -46,7 +46,7 @@ class ContrastData:
     @property
     def mean_length(self) -> int:
         """Tokens of the texts of a training group, one view of each."""
-        return max(1, round(sum(len(text) for group in self.train for text in group[:1]) / len(self.train)))
+        return max(1, round(sum(len(group[0]) for group in self.train) / len(self.train)))
 
     def described(self) -> str:
         """A line for people."""
@@ -140,7 +140,10 @@ def _texts(sources: Sequence[Source], text: TextConfig, objective: ObjectiveConf
             continue
         for document in read_documents([source], text):
             found = sentences_of(document.text) if objective.cut_sentences else [document.text.strip()]
-            yield from ((each,) for each in found if each)
+            if objective.views == "next":  # the last one has none: it goes with itself
+                yield from zip(found, [*found[1:], *found[-1:]], strict=True)
+            else:
+                yield from ((each,) for each in found if each)
 
 
 def _holds_pairs(source: Source) -> bool:

@@ -128,7 +128,7 @@ def contrastive_work(settled: Settled, model: Encoder, prepared: Prepared, stopp
         loss=loss,
         count_targets=len,
         count_tokens=lambda inputs: sum(piece.ids.numel() for piece in inputs.pieces),
-        validate=_validation(model, objective, prepared, stopping),
+        validate=_validation(model, objective, prepared, config.eval_tokens or 0, stopping),
         validated=bool(data.validation) or prepared.scored is not None,
         at_once=True,
     )
@@ -150,10 +150,17 @@ def joined_views(found: Sequence[Tensor], views: int) -> Tensor:
 
 
 def _validation(
-    model: Encoder, objective: ObjectiveConfig, prepared: Prepared, stopping: Callable[[], bool]
+    model: Encoder, objective: ObjectiveConfig, prepared: Prepared, most: int, stopping: Callable[[], bool]
 ) -> Callable[[], Validation | None]:
-    """The loss of held-out texts, alignment and uniformity; of scored pairs Spearman's, which then decides."""
-    groups, scored, device = Groups(prepared.data.validation), prepared.scored, model.embedding.device
+    """The loss of held-out texts, alignment and uniformity; of scored pairs Spearman's, which then decides.
+
+    `most`: tokens of the held-out texts that are looked at.
+    """
+    held = prepared.data.validation
+    views = max(2, len(held[0])) if held else 2
+    sizes = np.cumsum([views * len(group[0]) for group in held])
+    groups = Groups(held[: max(2, int(np.searchsorted(sizes, most, side="right")))])
+    scored, device = prepared.scored, model.embedding.device
 
     def losses() -> tuple[float, dict[str, float]] | None:
         nats, near, far, count = 0.0, 0.0, 0.0, 0
@@ -164,9 +171,9 @@ def _validation(
             batch = groups.batch(chosen, 1, _VALIDATION + first)[0].to(device)
             model.train()  # the views of a text are made by dropout, the same in each validation
             found = [_vectors(model, objective.pooling, batch.pieces[0], 0, batch.number, 0)]
-            views = joined_views(found, batch.views)
-            nats += float(info_nce(views, batch.names, objective.temperature))
-            near += len(chosen) * alignment(views[:2])
+            seen = joined_views(found, batch.views)
+            nats += float(info_nce(seen, batch.names, objective.temperature))
+            near += len(chosen) * alignment(seen[:2])
             model.eval()
             plain = joined_views([_vectors(model, objective.pooling, batch.pieces[0], 0, 0, 0)], batch.views)
             far += len(chosen) * uniformity(plain[0])

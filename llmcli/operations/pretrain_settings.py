@@ -34,8 +34,8 @@ _DROPOUT = {"masked": 0.0, "contrastive": 0.1}  # text that is seen a few times 
 _CONTRASTED = 256  # texts of a step
 _CONTRASTED_EPOCHS = 1.0
 _FIRST_PAD = 255  # the greatest id of padding for which roberta's unused positions do not matter
-# Peaks: of the blocks and of the rest with Muon, of all with AdamW.
-_RATES = {"causal": (0.02, 0.008, 0.002), "masked": (0.02, 0.008, 0.002), "contrastive": (0.002, 1e-4, 1e-4)}
+# Peaks: of the blocks and of the rest with Muon, of all with AdamW. Where norms stand behind the blocks, lower ones.
+_RATES = {"causal": (0.02, 0.008, 0.002), "masked": (0.004, 0.004, 0.001), "contrastive": (0.002, 1e-4, 1e-4)}
 
 Shape = DecoderConfig | EncoderConfig
 
@@ -74,6 +74,8 @@ def check_objective(config: PretrainConfig, objective: ObjectiveConfig) -> None:
         raise ConfigError("and mask_random_share are more than 1 together", where="mask_token_share")
     if objective.objective == "contrastive" and objective.init is None:
         raise ConfigError("contrastive begins from a model: name it", where="init")
+    if objective.views == "next" and not objective.cut_sentences:
+        raise ConfigError("next needs sentences: leave --no-cut-sentences out", where="views")
     if objective.objective == "contrastive" and config.compile == "on":
         raise ConfigError("there is nothing to compile for contrastive, whose texts are of any length", where="compile")
     if config.lowercase and (config.kind or ("wordpiece" if encoder else "bpe")) != "wordpiece":
