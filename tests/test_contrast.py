@@ -160,12 +160,12 @@ def test_attention_both_ways_has_the_right_gradient(dropout: float) -> None:
 
     def attended(parts: Tensor) -> Tensor:
         torch.manual_seed(5)
-        return attend_both(parts, 2, mask, dropout)
+        return attend_both(parts, 2, mask[:, None, None], dropout)
 
     assert torch.autograd.gradcheck(attended, (parts,))
     if not dropout:
         with torch.no_grad():  # the kernel that serves where nothing is learnt
-            plain = attend_both(parts, 2, mask)
+            plain = attend_both(parts, 2, mask[:, None, None])
         torch.testing.assert_close(attended(parts)[mask], plain[mask])
 
 

@@ -319,8 +319,7 @@ def test_a_sentence_may_belong_to_the_next_one_of_its_document(tmp_path: Path, m
     (tmp_path / "a.txt").write_text("The first one is here. The second one is here. The third one is here.")
     (tmp_path / "b.txt").write_text("Another one is alone.")
     inputs = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
-    for prepared in prepared_contrast(inputs, light(val_fraction=0), TextConfig(), contrast(masked, views="next")):
-        pass
+    prepared = list(prepared_contrast(inputs, light(val_fraction=0), TextConfig(), contrast(masked, views="next")))[-1]
     assert isinstance(prepared, Prepared)
     told = [tuple(prepared.tokenizer.decode(list(ids[1:-1])) for ids in group) for group in prepared.data.train]
     assert told == [
