@@ -9,25 +9,17 @@ one model's may all lie near 1 and another's around 0.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from llmcli.data.cores import available_cores
+from llmcli.config_embed import EmbedConfig
 from llmcli.data.examples import Example, ScoredPairExample
-from llmcli.data.framed import fitted
 from llmcli.errors import ConfigError, DataError
-from llmcli.files.artefacts import refuse_adapter
-from llmcli.models.encoder_folder import load_encoder
-from llmcli.models.pooling import Pooling, pooled, read_pooling
-from llmcli.models.text_model import TextModel, most_tokens
+from llmcli.operations.embed import Embedder
 from llmcli.operations.evaluate_figures import Array, Measure, Outcome, Summed
 from llmcli.operations.evaluate_model import EvaluatedModel
-from llmcli.runtime.torch_session import load_any, working_device
-from llmcli.training.packing import pack
 
 _FEW = 1e-12  # a variance, as a share of the mean square, that is rounding
 
@@ -149,38 +141,15 @@ def cosine(first: Array, second: Array) -> float:
     return float(first @ second) / length if length else 0.0
 
 
-@torch.inference_mode()
-def embeddings(model: EvaluatedModel, texts: Sequence[str]) -> tuple[Array, list[bool]]:
-    """Each text's vector as the model's folder says it is made, else the mean of its states; and what was not read.
-
-    (texts, C); whether a text's end was left out. Vectors are not normalized, as their cosines need no norm.
-    """
-    if model.is_onnx:
-        raise ConfigError("embeds no texts: it is a graph that gives logits", where=model.name)
-    place, config = model.place, model.config
-    device = working_device(config.device)
-    torch.set_num_threads(config.threads or available_cores())
-    loaded: TextModel
-    if model.is_encoder:
-        refuse_adapter(place)
-        loaded = load_encoder(place.folder, device, torch.float32)
-    else:
-        loaded = load_any(place.folder, device, torch.float32, adapter=place.adapter)
-    pooling = read_pooling(place.texts) or Pooling()
-    before = pooling.prompts.get(pooling.prompt or "", "")
-    longest = min(pooling.longest or sys.maxsize, most_tokens(loaded.config))
-    whole = [model.tokenizer.encode_framed(before + (text.lower() if pooling.lower else text)) for text in texts]
-    cut = [len(read.ids) > longest for read in whole]
-    ids = [
-        np.asarray((fitted(read, longest) or read).ids if over else read.ids, np.int32)
-        for read, over in zip(whole, cut, strict=True)
-    ]
-    order = sorted(range(len(texts)), key=lambda number: len(ids[number]))
-    found = np.zeros((len(texts), loaded.config.hidden_size))
-    step = config.batch_size or 64
-    for begin in range(0, len(order), step):
-        numbers = order[begin : begin + step]
-        packed = pack([ids[number] for number in numbers], [np.array([0]) for _ in numbers]).to(loaded.embedding.device)
-        states = loaded.hidden(packed.ids, segments=packed.segments)[0]
-        found[numbers] = pooled(states, packed.lengths, pooling.mode).cpu().numpy()
-    return found, cut
+def embeddings(model: EvaluatedModel, texts: Sequence[str]) -> tuple[list[Array], list[bool]]:
+    """Each text's vector, made as `embed` makes it, and whether the text's end was not read."""
+    config = model.config
+    if config.quantize is not None:
+        raise ConfigError("vectors are made by the weights as they are; leave --quantize out", where=model.name)
+    settings = EmbedConfig(truncate=True, device=config.device, threads=config.threads)
+    embedder = Embedder(model.model, settings)
+    try:
+        found = list(embedder.embed(texts))
+    finally:
+        embedder.model.close()
+    return [each.embedding.astype(np.float64) for each in found], [each.left_out > 0 for each in found]
