@@ -34,6 +34,7 @@ ROOMS = {
     "config_export": -1.5,
     "config_finetune": -1.5,
     "config_generation": -1.5,
+    "config_objective": -1.5,
     "settings": -2,
     "errors": -3,
 }
@@ -182,6 +183,7 @@ def test_config_and_errors_stand_on_the_standard_library() -> None:
         "config_export.py",
         "config_finetune.py",
         "config_generation.py",
+        "config_objective.py",
         "settings.py",
         "errors.py",
     ):

@@ -20,8 +20,8 @@ from llmcli.models.encoder import Encoder, build_encoder
 from llmcli.models.encoder_config import EncoderConfig, is_encoder
 from llmcli.models.encoder_folder import head_of, load_encoder, load_encoder_config
 from llmcli.models.folder import load_config, load_model
-from llmcli.models.takeover import taken_over
 from llmcli.operations.pretrain_settings import Settled, Shape
+from llmcli.training.takeover import taken_over
 
 
 @dataclasses.dataclass(frozen=True)
