@@ -103,6 +103,7 @@ finetune classify runs/first labels.tsv -o runs/adapter --lora --max-steps 2 --t
 finetune prefer runs/chat preferences.jsonl -o runs/preferred --max-steps 2 --threads 1
 fill-mask -m bert-base-uncased "Paris is the [MASK] of France." --threads 1
 classify -m runs/first --adapter runs/adapter "A boat." --threads 1
+finetune embed runs/first scores.csv -o runs/vectors --max-steps 2 --threads 1
 embed -m runs/first "Deep learning is fun." --pooling mean --threads 1
 similar index notes.txt -m runs/first -o notes-index --threads 1
 similar search notes-index "Where did the old man go?" -n 3 --threads 1
@@ -141,6 +142,8 @@ def test_the_pipeline_of_the_readme_runs_from_end_to_end(tmp_path: Path) -> None
     ]
     (place / "squad.json").write_text(json.dumps([{"answers": [], **each} for each in questions]))
     pairs = [{"source": "A boat.", "target": "boat"}, {"source": "A man.", "target": "man"}]
+    scores = "".join(f"A boat {number},A man,{number}\n" for number in range(8))
+    (place / "scores.csv").write_text("sentence1,sentence2,score\n" + scores)
     (place / "pairs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in pairs))
     pair = '{"prompt": "1+%d=", "chosen": "2", "rejected": "3"}\n'
     (place / "preferences.jsonl").write_text("".join(pair % number for number in range(4)))

@@ -61,12 +61,12 @@ STAGED = {
     "models/adapter_folder.py:save_adapter": "PEFT's files, into the staged folder it is given",
     "models/pooling.py:write_pooling": "sentence-transformers' files, into the staged folder it is given",
     "models/folder.py:save_model": "writes config.json beside the weights, into the staged folder it is given",
+    "models/text_model.py:save_text_model": "a model of either kind, into the staged folder it is given",
     "models/encoder_folder.py:save_encoder": "config.json beside the weights, into the staged folder it is given",
     "onnx/external.py:ExternalData.__init__": "the large tensors, into the staged folder it is given",
     "onnx/folder.py:_write": "the graph, into the staged folder it is given",
     "operations/run_folder.py:RunFolder.save": "a checkpoint's files, into the staged folder it is given",
     "operations/sweep.py:_keep": "a copy of the best trial's model, into the staged folder",
-    "operations/run_folder.py:WholeModel.write": "the tokenizer beside the model, into the staged folder it is given",
 }
 
 
