@@ -36,10 +36,10 @@ quickstart: $(RUNTIME)  ## Plain text to a model that writes, in minutes
 	$(BIN)/llmcli quickstart
 
 test: lint  ## ruff, mypy and the default tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: lint  ## The slow tests too
-	$(BIN)/python -m pytest -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu'
 
 lint: $(DEV)  ## ruff and mypy alone
 	$(BIN)/python -m ruff check .

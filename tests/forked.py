@@ -109,7 +109,8 @@ class Life:
         """`limit`: bytes that a file may grow to; `piped`: what comes through a pipe into stdin; `stdin`, `stdout`,
         `stderr`: files or devices that take the place of /dev/null and of the files that are read afterwards."""
         assert piped is None or (stdin is None and len(piped) <= PIPED)
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("LLMCLI_", "PYTEST_"))}
+        ours = ("LLMCLI_", "PYTEST_", "COLUMNS")  # pytest-xdist sets the last
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
         for name in ("CI", "NO_COLOR", "TERM"):
             kept.pop(name, None)
         self.out, self.err = (Path(_STREAMS.name, f"{os.urandom(6).hex()}.{name}") for name in ("out", "err"))

@@ -292,6 +292,7 @@ def test_a_quality_threshold_that_is_passed_is_exit_3_and_leaves_nothing(
     llmcli: Run, tmp_path: Path, model: Path, text: str
 ) -> None:
     words = ("export", model, "-o", tmp_path / "out", "--precision", "int4", "--calibration", text, "--threads", 1)
+    words += ("--quantizer", "round")
     ended = llmcli(*words, "--max-perplexity-increase", "1e-9")
     assert ended.returncode in (0, 3)
     sharp = make_model(tmp_path / "sharp", scale=0.9)  # loses more by rounding
@@ -306,7 +307,7 @@ def test_an_output_that_stood_there_stays_when_the_gate_closes(tmp_path: Path, m
     run(model, tmp_path / "out", precision="fp32", check=False)
     before = (tmp_path / "out" / "manifest.json").read_bytes()
     sharp = make_model(tmp_path / "sharp", scale=0.9)
-    config = ExportConfig(calibration=text, max_perplexity_increase=1e-9)
+    config = ExportConfig(quantizer="round", calibration=text, max_perplexity_increase=1e-9)
     with pytest.raises(CheckError):
         list(export(sharp, tmp_path / "out", config, overwrite=True))
     assert (tmp_path / "out" / "manifest.json").read_bytes() == before

@@ -182,7 +182,8 @@ def test_a_quantizer_that_needs_moments_gets_them(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(QUANTIZERS, "round", Noting)
     (tmp_path / "text.txt").write_text("One and one and one is three. " * 60)
     source = make_whole(tmp_path / "model", tie_word_embeddings=False)
-    config = ExportConfig(precision="int4", check=False, calibration=str(tmp_path / "text.txt"), threads=1)
+    text = str(tmp_path / "text.txt")
+    config = ExportConfig(precision="int4", quantizer="round", check=False, calibration=text, threads=1)
     list(export(source, tmp_path / "out", config))
     assert len(asked) == 10
     assert [name for name, given in asked.items() if not given] == ["model.embed_tokens"]

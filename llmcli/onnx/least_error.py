@@ -16,6 +16,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
+from llmcli.errors import CheckError
 from llmcli.onnx.quantize import BlockQuantized, Scheme, blocked
 from llmcli.onnx.scale_search import Rounding, searched
 from llmcli.onnx.weights import Array
@@ -51,7 +52,12 @@ class LeastError:
         self.damping, self.passes, self.zero_points = damping, passes, zero_points
 
     def blocks(self, name: str, weight: Array, scheme: Scheme, moment: Array | None = None) -> BlockQuantized:
-        """Quantizes (outputs, inputs) in blocks. Without moments the error of the weights themselves is minimised."""
+        """Quantizes (outputs, inputs) in blocks. Without moments the error of the weights themselves is minimised.
+
+        Raises CheckError for moments that are not finite: the model has a weight that is not, or overflows.
+        """
+        if moment is not None and not np.isfinite(moment).all():
+            raise CheckError(f"what the model makes of text before {name} is not finite (NaN or infinite)")
         found = self.rounded(weight, scheme, moment)
         return found.packed(scheme, weight.shape[1], zero_points=self.zero_points)
 
