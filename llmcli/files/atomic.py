@@ -76,13 +76,8 @@ def write_file(path: str | os.PathLike[str], data: bytes | str) -> None:
         content = data.encode("utf-8") if isinstance(data, str) else data
     except UnicodeEncodeError as error:  # a file's name that is to be written down
         raise DataError("cannot hold a name that is not UTF-8; rename that file", where=str(target)) from error
-    temporary: Path | None = None
-    created: list[Path] = []
-    try:
-        _create_folders(target.parent, created)
+    with _replaced(target) as temporary:
         kept = stat.S_IMODE(target.lstat().st_mode) if target.is_file() and not target.is_symlink() else None
-        _reach("create", target)
-        temporary = _sibling(target)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         handle = os.open(temporary, flags, 0o666 if kept is None else kept)
         try:
@@ -94,17 +89,6 @@ def write_file(path: str | os.PathLike[str], data: bytes | str) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-        _rename(temporary, target)
-        temporary = None
-        created.clear()
-        sync(target.parent)
-    except OSError as error:
-        raise from_os_error(error, target) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-        _remove_empty(created)
 
 
 @contextlib.contextmanager
@@ -115,18 +99,25 @@ def staged_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
     """
     target = Path(path)
     refuse_existing(target, overwrite=overwrite)
-    temporary: Path | None = None
-    created: list[Path] = []
-    try:
-        _create_folders(target.parent, created)
+    with _replaced(target) as temporary:
         remove_debris(target.parent, target.name)
-        _reach("create", target)
-        temporary = _sibling(target)
         with open(temporary, "xb", buffering=1 << 20) as file:
             yield file
             file.flush()
             _reach("fsync", target)
             os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _replaced(target: Path) -> Iterator[Path]:
+    """Yields the name of a sibling to make; when it is made and synced, it becomes `target`, else it is removed."""
+    temporary: Path | None = None
+    created: list[Path] = []
+    try:
+        _create_folders(target.parent, created)
+        _reach("create", target)
+        temporary = _sibling(target)
+        yield temporary
         _rename(temporary, target)
         temporary = None
         created.clear()
