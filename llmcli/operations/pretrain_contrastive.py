@@ -23,7 +23,7 @@ from llmcli.models.pooling import Pooling, pooled, write_pooling
 from llmcli.models.segments import segments_of
 from llmcli.operations import run_folder, training_run
 from llmcli.operations.contrast_data import ContrastData, Ids, ScoredPairs, read_groups, read_scored
-from llmcli.operations.evaluate_figures import Array
+from llmcli.operations.evaluate_embed import correlation, ranks
 from llmcli.operations.pretrain_base import built, open_base
 from llmcli.operations.pretrain_settings import Amount, Settled, settle
 from llmcli.operations.pretrain_work import Work, run_work
@@ -205,7 +205,7 @@ def _spearman(model: Encoder, pooling: str, scored: ScoredPairs) -> float:
     """Spearman's correlation of the scores with the cosines."""
     first, second = (text_vectors(model, pooling, side) for side in (scored.first, scored.second))
     cosines = torch.nn.functional.cosine_similarity(first, second).numpy()
-    return float(np.corrcoef(_ranks(scored.scores), _ranks(cosines))[0, 1])
+    return float(correlation(ranks(scored.scores), ranks(cosines)))
 
 
 def text_vectors(model: Encoder, pooling: str, texts: Sequence[Ids]) -> Tensor:
@@ -223,11 +223,3 @@ def text_vectors(model: Encoder, pooling: str, texts: Sequence[Ids]) -> Tensor:
         found[order[begin:end]] = pooled(states, piece.lengths, pooling).cpu()
         begin = end
     return found
-
-
-def _ranks(values: Array) -> Array:
-    """Ranks of values; equal ones share the mean of theirs."""
-    _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    shared: Array = ends - (counts - 1) / 2
-    return shared[where]

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmcli.models.segments import Segments, segments_of
+from llmcli.training.embedding_losses import ranking_losses, same_text
 from llmcli.training.packing import ExampleOrder
 
 Ids = npt.NDArray[np.integer[Any]]
@@ -102,17 +103,12 @@ def batches(
 def info_nce(vectors: Tensor, names: Tensor, temperature: float) -> Tensor:
     """Sum of -log of each anchor's share on its own text, among all second (and third) texts of the batch.
 
-    vectors (views, B, C), of any length; names (views, B). A text that is equal to an anchor or to its own text counts
-    as no other's.
+    vectors (views, B, C), of any length; names (views, B). What says the same as an anchor's own text counts as no
+    other's; see `same_text`.
     """
-    unit = F.normalize(vectors.float(), dim=-1)
-    anchors, others = unit[0], unit[1:].flatten(0, 1)  # (B, C), ((views - 1) B, C)
-    scores = anchors @ others.t() / temperature
-    candidates = names[1:].flatten()
-    same = (candidates[None] == names[1][:, None]) | (candidates[None] == names[0][:, None])
-    own = torch.arange(len(anchors), device=scores.device)
-    same[own, own] = False
-    return F.cross_entropy(scores.masked_fill(same, float("-inf")), own, reduction="sum")
+    wide = vectors.float()
+    ours = same_text(names[0], names[1], names[1:].flatten())
+    return ranking_losses(wide[0], wide[1:].flatten(0, 1), ours, 1 / temperature).sum()
 
 
 class _Again(torch.autograd.Function):
