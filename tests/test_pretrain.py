@@ -122,7 +122,7 @@ def test_config_toml_holds_every_setting_and_makes_the_same_run_again(place: Pat
     go(place / "corpus", place / "first", given)
     values = tomllib.loads((place / "first" / "config.toml").read_text())
     fields = {field.name for kind in (PretrainConfig, TextConfig) for field in dataclasses.fields(kind)}
-    assert fields - set(values) == {"preset", "kind", "tokenizer", "max_tokens", "epochs", "max_seconds"}
+    assert fields - set(values) == {"preset", "tokenizer", "max_tokens", "epochs", "max_seconds"}
     assert values["data"] == [str(place / "corpus")]
     settled = "layers kv_heads ffn_size vocab_size learning_rate embedding_learning_rate eval_tokens warmup_steps"
     assert [values[name] for name in settled.split()] == [2, 2, 96, 800, 0.002, 0.002, 65536, 10]

@@ -711,7 +711,7 @@ def test_the_length_is_the_least_that_was_asked_for(length: Mapping[str, Any], s
 def test_nothing_is_left_open() -> None:
     settled = settle(PretrainConfig(max_steps=100), 4096, 10**6)
     open_ones = {name for name, value in vars(settled.config).items() if value is None or value == "auto"}
-    assert open_ones == {"preset", "kind", "tokenizer", "max_tokens", "epochs", "max_seconds", "val_by"}
+    assert open_ones == {"preset", "tokenizer", "max_tokens", "epochs", "max_seconds", "val_by"}
     assert settle(settled.config, 4096, 10**6) == settled
     longer = settle(dataclasses.replace(settled.config, max_steps=5000), 4096, 10**6).config
     assert dataclasses.replace(longer, max_steps=100) == settled.config

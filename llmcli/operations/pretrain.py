@@ -27,7 +27,7 @@ from llmcli.operations.pretrain_base import Base, built, open_base
 from llmcli.operations.pretrain_causal import causal_work
 from llmcli.operations.pretrain_contrastive import Prepared, in_contrast, prepared_contrast
 from llmcli.operations.pretrain_masked import masked_work
-from llmcli.operations.pretrain_settings import Settled, check_objective, settle, vocabulary_of
+from llmcli.operations.pretrain_settings import Settled, check_objective, kind_of, settle, vocabulary_of
 from llmcli.operations.pretrain_work import Work, run_work
 from llmcli.operations.records import Progress
 from llmcli.operations.tokenizer import train_tokenizer
@@ -156,7 +156,9 @@ def _refuse_unused(inputs: Sequence[str], config: PretrainConfig, text: TextConf
         return
     if objective.objective == "contrastive":
         raise UsageError("is a corpus, which has no sentences any more; give its text", where=inputs[0])
-    asked = [(name, config, PretrainConfig()) for name in ("kind", "lowercase", "val_fraction", "val_by")]
+    usual = PretrainConfig(kind=kind_of(PretrainConfig(), objective))
+    config = dataclasses.replace(config, kind=kind_of(config, objective))
+    asked = [(name, config, usual) for name in ("kind", "lowercase", "val_fraction", "val_by")]
     asked += [(field.name, text, TextConfig()) for field in dataclasses.fields(text)]  # type: ignore[misc]
     for name, values, default in asked:
         if getattr(values, name) != getattr(default, name):
@@ -197,7 +199,7 @@ def _corpus(
         if tokenizer is None:
             tokenizer = str(place / "tokenizer")
             encoder = objective.objective != "causal"
-            kind = config.kind or ("wordpiece" if encoder else "bpe")
+            kind = kind_of(config, objective)
             vocabulary = config.vocab_size if kind == "char" else vocabulary_of(config, objective)
             settings = TokenizerConfig(kind=kind, vocab_size=vocabulary, encoder=encoder, lowercase=config.lowercase)
             for step in train_tokenizer(inputs, tokenizer, text, settings, overwrite=True):

@@ -78,8 +78,13 @@ def check_objective(config: PretrainConfig, objective: ObjectiveConfig) -> None:
         raise ConfigError("next needs sentences: leave --no-cut-sentences out", where="views")
     if objective.objective == "contrastive" and config.compile == "on":
         raise ConfigError("there is nothing to compile for contrastive, whose texts are of any length", where="compile")
-    if config.lowercase and (config.kind or ("wordpiece" if encoder else "bpe")) != "wordpiece":
+    if config.lowercase and kind_of(config, objective) != "wordpiece":
         raise ConfigError("is for --kind wordpiece; the other kinds keep every text as it is", where="lowercase")
+
+
+def kind_of(config: PretrainConfig, objective: ObjectiveConfig) -> str:
+    """The kind of tokenizer that is trained where none is given."""
+    return config.kind or ("bpe" if objective.objective == "causal" else "wordpiece")
 
 
 def _preset(config: PretrainConfig, objective: ObjectiveConfig, base: Shape | None) -> Preset:
@@ -246,6 +251,7 @@ def settle(
     every = config.eval_every or _eval_every(steps, per_step, config.eval_tokens or _EVAL_TOKENS)
     resolved = dataclasses.replace(
         config,
+        kind=kind_of(config, objective),
         family=shape.model_type,
         batch_size=rows,
         layers=shape.num_hidden_layers,
