@@ -281,7 +281,10 @@ def split_heads(parts: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class BothAttention(torch.autograd.Function):
-    """Attention both ways that keeps the probabilities. query, key, value (B, H, T, D); seen (B, 1, 1, T) or None."""
+    """Attention both ways that keeps the probabilities. query, key, value (B, H, T, D).
+
+    `seen` (B, 1, 1 or T, T): True where a token attends to another; None: everywhere.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, dropout: float) -> Tensor:
