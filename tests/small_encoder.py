@@ -47,9 +47,9 @@ def draw(model: torch.nn.Module) -> None:
 
 def make_encoder(folder: Path) -> Path:
     """A BERT of two tiny layers with its masked-language-model head and its tokenizer."""
-    from llmcli.models.encoder import MaskedLM
     from llmcli.models.encoder_config import EncoderConfig
     from llmcli.models.encoder_folder import save_encoder
+    from llmcli.models.encoder_heads import MaskedLM
 
     folder.mkdir(parents=True)
     model = MaskedLM(EncoderConfig("bert", VOCABULARY, 32, 2, 4, 48, LONGEST))

@@ -97,9 +97,9 @@ def make_encoder(folder: Path, family: str = "bert", **changes: Any) -> Path:
     import torch
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    from llmcli.models.encoder import build_encoder
     from llmcli.models.encoder_config import EncoderConfig
     from llmcli.models.encoder_folder import save_encoder
+    from llmcli.models.encoder_heads import build_encoder
 
     roberta = family == "roberta"
     first, last, pad = ("<s>", "</s>", "<pad>") if roberta else ("[CLS]", "[SEP]", "[PAD]")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_encoder import draw
 from small_run import text
 from small_tokenizer import make_tokenizer
 from torch import Tensor
@@ -195,7 +196,9 @@ def test_alignment_and_uniformity_by_hand() -> None:
 
 def small_encoder(dropout: float) -> Encoder:
     shape = EncoderConfig("bert", 60, 16, 2, 2, 32, 20, hidden_dropout=dropout, attention_dropout=dropout)
-    return Encoder(shape).init_weights(torch.Generator().manual_seed(2)).train()
+    model = Encoder(shape)
+    draw(model)
+    return model.train()
 
 
 def gradients(

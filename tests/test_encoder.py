@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -16,9 +17,10 @@ from small_encoder import LONGEST, NAMES, SUFFIXES, VOCABULARY, draw, real_encod
 
 from llmcli.errors import ConfigError, DataError
 from llmcli.models.attentions import attentions
-from llmcli.models.encoder import Encoder, EncoderClassifier, MaskedLM, SpanReader, with_head
+from llmcli.models.encoder import Encoder
 from llmcli.models.encoder_config import EncoderConfig, read_encoder_config
 from llmcli.models.encoder_folder import encoder_labels, load_encoder, save_encoder
+from llmcli.models.encoder_heads import EncoderClassifier, MaskedLM, SpanReader, with_head
 from llmcli.models.folder import load_model
 from llmcli.models.ops import PackedLinear
 from llmcli.models.segments import segments_of
@@ -319,6 +321,22 @@ def test_attentions_of_a_decoder_are_those_of_transformers(family: str, tmp_path
     with torch.no_grad():
         expected = torch.cat(theirs(ids, output_attentions=True).attentions)
     assert (attentions(load_model(tmp_path), ids) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_fresh_weights_pass_the_embeddings_on_and_tell_places_apart(family: str) -> None:
+    types = 0 if family == "distilbert" else 1
+    model = MaskedLM(EncoderConfig(family, VOCABULARY, 32, 2, 4, 48, LONGEST, type_vocab_size=types))
+    model.init_weights(torch.Generator().manual_seed(0)).eval()
+    embedded, *_, last = model.states(torch.full((1, 12), 7))  # one token again and again: places alone differ
+    torch.testing.assert_close(last, embedded, atol=1e-4, rtol=0)
+    alike = F.cosine_similarity(embedded[0, :-1], embedded[0, 1:], dim=-1)
+    far = F.cosine_similarity(embedded[0, :1], embedded[0, -1:], dim=-1)
+    assert alike.max() < 0.99
+    assert far < alike.min()
+    reading = [value for name, value in model.named_parameters() if "k_lin.w" in name or "key.w" in name]
+    assert len(reading) == 2
+    assert all(value.std() > 0.1 for value in reading)
 
 
 def test_a_folder_says_what_it_is(tmp_path: Path) -> None:

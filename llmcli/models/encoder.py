@@ -1,4 +1,4 @@
-"""Encoders: one post-norm transformer that looks both ways, for BERT, RoBERTa and DistilBERT, and their heads.
+"""Encoders: one post-norm transformer that looks both ways, for BERT, RoBERTa and DistilBERT.
 
 Invariant: parameter names are the family's own in Hugging Face transformers, below the family's prefix, so a checkpoint
 needs no map; hidden states and logits agree with transformers' within 1e-4 in float32, however the texts are laid out.
@@ -9,10 +9,11 @@ Sources: BERT (arXiv:1810.04805), RoBERTa (arXiv:1907.11692), DistilBERT (arXiv:
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from llmcli.models.segments import Segments, attend_both_apart
 
 Attend = Callable[[Tensor], Tensor]  # query, key and value of every token, side by side (B, T, 3 C) -> (B, T, C)
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
@@ -67,7 +68,7 @@ class Layer(nn.Module):
         )
         for name, child in (_distil_names if config.model_type == "distilbert" else _bert_names)(self.parts):
             self.add_module(name, child)
-        self.activation_name, self.activation = config.activation, _ACTIVATIONS[config.activation]
+        self.activation_name, self.activation = config.activation, ACTIVATIONS[config.activation]
         self.dropout = config.hidden_dropout
         self.packed: tuple[PackedLinear, ...] | None = None
 
@@ -136,9 +137,9 @@ class EncoderBody(nn.Module):
         super().__init__()
         self.embeddings = Embeddings(config)
         layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.add_module("transformer" if config.model_type == "distilbert" else "encoder", _under("layer", layers))
+        self.add_module("transformer" if config.model_type == "distilbert" else "encoder", under("layer", layers))
         self._layers = (layers,)  # in a tuple: it is a child already
-        self.pooler: nn.ModuleDict | None = _under("dense", _square(config)) if pooler else None
+        self.pooler: nn.ModuleDict | None = under("dense", square(config)) if pooler else None
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -146,11 +147,13 @@ class EncoderBody(nn.Module):
         return self._layers[0]
 
 
-def _under(name: str, module: nn.Module) -> nn.ModuleDict:
+def under(name: str, module: nn.Module) -> nn.ModuleDict:
+    """The module below a name."""
     return nn.ModuleDict({name: module})
 
 
-def _square(config: EncoderConfig) -> Linear:
+def square(config: EncoderConfig) -> Linear:
+    """A map of hidden states to as many."""
     return Linear(config.hidden_size, config.hidden_size)
 
 
@@ -249,141 +252,38 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> Self:
-        """Draws fresh weights: matrices and embeddings normal, std 0.02; norms 1, biases 0."""
+        """Draws fresh weights.
+
+        | part                                | values                                                   |
+        | token and text embeddings           | normal, std 0.02                                         |
+        | position embeddings                 | sines and cosines (arXiv:1706.03762) of amplitude 0.2    |
+        | matrices that read the hidden state | uniform, +-sqrt(3 / inputs): std 1/sqrt(inputs)          |
+        | each block's `out` and `down`       | zero: what is added to the residual begins as nothing    |
+        | norms 1, biases 0                   |                                                          |
+
+        Drawn at 0.02 as well, positions stay so far below the tokens' embeddings, which grow with the head that they
+        are tied to, that attention does not find a token's neighbours for thousands of steps (docs/log.md).
+        """
+        blocks = [each.parts for each in self.layers if isinstance(each, Layer)]
+        written = {id(weight) for parts in blocks for weight in (parts.out.weight, parts.down.weight)}
+        embeddings = self.body.embeddings
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith("bias") or id(parameter) in written:
                 parameter.zero_()
             elif parameter.ndim == 1:
                 parameter.fill_(1.0)
-            else:
+            elif parameter is embeddings.position_embeddings.weight:
+                parameter.copy_(_waves(*parameter.shape))
+            elif ".embeddings." in name:
                 parameter.normal_(0.0, 0.02, generator=generator)
+            else:
+                bound = math.sqrt(3.0 / parameter.size(1))
+                parameter.uniform_(-bound, bound, generator=generator)
         return self
 
 
-class MaskedLM(Encoder):
-    """An encoder with its family's masked-language-model head, whose last matrix is the token embedding."""
-
-    kind = "masked"
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__(config)
-        dense, norm = _square(config), LayerNorm(config.hidden_size, eps=config.norm_eps)
-        bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self._head = (dense, norm)
-        if config.model_type == "bert":
-            transform = nn.ModuleDict({"dense": dense, "LayerNorm": norm})
-            self.cls = _under("predictions", _Biased(bias, transform=transform))
-        elif config.model_type == "roberta":
-            self.lm_head = _Biased(bias, dense=dense, layer_norm=norm)
-        else:
-            self.vocab_transform, self.vocab_layer_norm, self.vocab_projector = dense, norm, _Biased(bias)
-        # RoBERTa's head has the exact GELU whatever the blocks have.
-        self.activation = _ACTIVATIONS["gelu" if config.model_type == "roberta" else config.activation]
-
-    @property
-    def bias(self) -> Tensor:
-        """What is added to the logits: (V,)."""
-        by_family: dict[str, Any] = {"bert": "cls.predictions", "roberta": "lm_head", "distilbert": "vocab_projector"}
-        found: Tensor = self.get_submodule(by_family[self.config.model_type]).bias  # type: ignore[assignment]
-        return found
-
-    def transformed(self, states: Tensor) -> Tensor:
-        """Hidden states as the head's last product takes them: (..., C) -> (..., C)."""
-        dense, norm = self._head
-        made: Tensor = norm(self.activation(dense(states)))
-        return made
-
-    def logits(self, states: Tensor) -> Tensor:
-        """Logits of every token of the vocabulary at hidden states: (..., C) -> (..., V)."""
-        made = self.transformed(states)
-        return F.linear(made, self.embedding.to(made.dtype), self.bias.to(made.dtype))
-
-
-class _Biased(nn.Module):
-    """Modules and a bias, by name."""
-
-    def __init__(self, bias: nn.Parameter, **children: nn.Module) -> None:
-        super().__init__()
-        self.bias = bias
-        for name, child in children.items():
-            self.add_module(name, child)
-
-
-class EncoderClassifier(Encoder):
-    """Scores of labels from the first token's last hidden state: transformers' `...ForSequenceClassification`."""
-
-    kind = "classifier"
-
-    def __init__(self, config: EncoderConfig, labels: int) -> None:
-        super().__init__(config, pooler=config.model_type == "bert")
-        self.labels = labels
-        last = Linear(config.hidden_size, labels)
-        if config.model_type == "roberta":
-            self.classifier: nn.Module = nn.ModuleDict({"dense": _square(config), "out_proj": last})
-        else:
-            self.classifier = last
-        if config.model_type == "distilbert":
-            self.pre_classifier = _square(config)
-        rate = config.classifier_dropout
-        self.dropout = config.hidden_dropout if rate is None else rate
-
-    def scores(
-        self, ids: Tensor, segments: Segments, first: Tensor, types: Tensor | None = None
-    ) -> Tensor:  # (1, N) -> (R, labels)
-        """Texts side by side (1, N) and the places of their first tokens (R,) -> (R, labels)."""
-        return self.judged(self.hidden(ids, segments=segments, types=types)[0].index_select(0, first))
-
-    def judged(self, first: Tensor) -> Tensor:
-        """Scores from the last hidden states of the texts' first tokens: (R, C) -> (R, labels)."""
-        drop = partial(F.dropout, p=self.dropout, training=self.training)
-        if isinstance(self.classifier, nn.ModuleDict):
-            return self.classifier["out_proj"](drop(torch.tanh(self.classifier["dense"](drop(first)))))
-        distil = self.config.model_type == "distilbert"
-        pooled = F.relu(self.pre_classifier(first)) if distil else self.pooled(first)
-        return self.classifier(drop(pooled))
-
-
-class SpanReader(Encoder):
-    """Where an answer begins and ends: transformers' `...ForQuestionAnswering`."""
-
-    kind = "span"
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__(config)
-        self.qa_outputs = Linear(config.hidden_size, 2)
-
-    def spans(self, states: Tensor) -> Tensor:
-        """Logits of a span's first and last token at hidden states: (..., C) -> (..., 2)."""
-        return self.qa_outputs(states)
-
-
-def build_encoder(config: EncoderConfig, kind: str, *, labels: int = 0, pooler: bool = False) -> Encoder:
-    """The module of a kind (see encoder_config.KINDS); `labels` of a classifier, `pooler` of a base."""
-    if kind == "classifier":
-        return EncoderClassifier(config, labels)
-    if kind == "base":
-        return Encoder(config, pooler=pooler)
-    return {"masked": MaskedLM, "span": SpanReader}[kind](config)
-
-
-def with_head(base: Encoder, kind: str, generator: torch.Generator, *, labels: int = 0) -> Encoder:
-    """The encoder's weights under a head of a kind: its own where it has that head, else a fresh one, normal 0.02.
-
-    The pooler of a BERT's classifier is the base's where it has one.
-    """
-    with torch.device("meta"):
-        model = build_encoder(base.config, kind, labels=labels, pooler=base.body.pooler is not None)
-    known = base.state_dict()
-    weights = {}
-    for name, wanted in model.state_dict().items():
-        if name in known and known[name].shape == wanted.shape:
-            weights[name] = known[name]
-        elif name.endswith("bias"):
-            weights[name] = torch.zeros(wanted.shape).to(base.embedding)
-        elif wanted.ndim == 1:
-            weights[name] = torch.ones(wanted.shape).to(base.embedding)
-        else:
-            weights[name] = torch.empty(wanted.shape).normal_(0.0, 0.02, generator=generator).to(base.embedding)
-    model.load_state_dict(weights, assign=True)
-    model.compute_dtype = base.compute_dtype
-    return model
+def _waves(positions: int, size: int) -> Tensor:
+    """Sines and cosines of wavelengths from 2 pi to 20,000 pi, side by side: (positions, size)."""
+    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(0, size, 2) / size)
+    angles = torch.arange(positions)[:, None] * frequencies
+    return 0.2 * torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :size]

@@ -17,8 +17,9 @@ from llmcli.errors import DataError
 from llmcli.files.artefacts import read_json
 from llmcli.files.safetensors_header import TensorEntry
 from llmcli.files.tensors import load_weights, save_weights, tensors_of
-from llmcli.models.encoder import Encoder, EncoderClassifier, MaskedLM, SpanReader, build_encoder
+from llmcli.models.encoder import Encoder
 from llmcli.models.encoder_config import EncoderConfig, kind_of_head, read_encoder_config, write_encoder_config
+from llmcli.models.encoder_heads import EncoderClassifier, MaskedLM, SpanReader, build_encoder
 from llmcli.models.ops import PackedLinear
 
 T = TypeVar("T")

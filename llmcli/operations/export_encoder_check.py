@@ -155,7 +155,7 @@ class _Model:
     def _one(self, ids: Any) -> dict[str, Any]:
         import torch
 
-        from llmcli.models.encoder import EncoderClassifier, MaskedLM, SpanReader
+        from llmcli.models.encoder_heads import EncoderClassifier, MaskedLM, SpanReader
         from llmcli.models.pooling import pooled
 
         model = self.model

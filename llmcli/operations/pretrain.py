@@ -20,7 +20,7 @@ from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
 from llmcli.errors import DataError, UsageError
 from llmcli.files.manifest import manifest_problems
 from llmcli.models.decoder import Decoder
-from llmcli.models.encoder import MaskedLM
+from llmcli.models.encoder_heads import MaskedLM
 from llmcli.operations import run_folder, training_run
 from llmcli.operations.prepare import prepare
 from llmcli.operations.pretrain_base import Base, built, open_base

@@ -16,9 +16,10 @@ from llmcli.files.artefacts import read_json, resolve_model
 from llmcli.files.tensors import weights_hash
 from llmcli.models.config import DecoderConfig
 from llmcli.models.decoder import Decoder
-from llmcli.models.encoder import Encoder, build_encoder
+from llmcli.models.encoder import Encoder
 from llmcli.models.encoder_config import EncoderConfig, is_encoder
 from llmcli.models.encoder_folder import head_of, load_encoder, load_encoder_config
+from llmcli.models.encoder_heads import build_encoder
 from llmcli.models.folder import load_config, load_model
 from llmcli.operations.pretrain_settings import Settled, Shape
 from llmcli.training.takeover import taken_over

@@ -14,7 +14,7 @@ from torch import Tensor
 from llmcli.config import ObjectiveConfig
 from llmcli.data.corpus import Corpus
 from llmcli.data.tokenizer import TextTokenizer
-from llmcli.models.encoder import MaskedLM
+from llmcli.models.encoder_heads import MaskedLM
 from llmcli.operations.pretrain_causal import VALIDATED_TOKENS
 from llmcli.operations.pretrain_settings import Settled
 from llmcli.operations.pretrain_work import Work

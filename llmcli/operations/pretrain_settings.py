@@ -17,8 +17,8 @@ from llmcli.data.tokenizer import TextTokenizer
 from llmcli.errors import ConfigError
 from llmcli.models.config import DecoderConfig
 from llmcli.models.decoder import Decoder
-from llmcli.models.encoder import build_encoder
 from llmcli.models.encoder_config import ENCODERS, EncoderConfig
+from llmcli.models.encoder_heads import build_encoder
 from llmcli.models.presets import DEFAULT, ENCODER_PRESETS, PRESETS, Preset
 from llmcli.training.machine import Machine, choose_device, choose_precision, choose_threads, compiler_found
 from llmcli.training.optimizer import is_matrix

@@ -19,7 +19,8 @@ from llmcli.data.framed import FramedEncoding, fitted
 from llmcli.data.tokenizer import TextTokenizer
 from llmcli.errors import DataError
 from llmcli.models.classifier import classifier_facts
-from llmcli.models.encoder import Encoder, EncoderClassifier, with_head
+from llmcli.models.encoder import Encoder
+from llmcli.models.encoder_heads import EncoderClassifier, with_head
 from llmcli.models.text_model import TextModel
 from llmcli.operations.task_classify import ClassifyTask
 from llmcli.operations.tasks import Row

@@ -22,7 +22,8 @@ from llmcli.config_finetune import AnswerTuneConfig
 from llmcli.data.examples import AnswerExample, Example
 from llmcli.data.span_windows import Span, SpanWindow, best_span, best_threshold, place_of, span_windows
 from llmcli.data.tokenizer import TextTokenizer
-from llmcli.models.encoder import Encoder, SpanReader, with_head
+from llmcli.models.encoder import Encoder
+from llmcli.models.encoder_heads import SpanReader, with_head
 from llmcli.models.text_model import TextModel
 from llmcli.operations.evaluate_answer import answer_scores
 from llmcli.operations.task_prompted import of_another_task

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from llmcli.data.tokenizer import TextTokenizer
 from llmcli.models.decoder import Decoder, GPT2Model
-from llmcli.models.encoder import Encoder, MaskedLM
+from llmcli.models.encoder import Encoder
+from llmcli.models.encoder_heads import MaskedLM
 
 _ROWS = ("embedding", "head.bias")  # a row for each token
 
