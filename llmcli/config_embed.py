@@ -62,6 +62,13 @@ class IndexConfig:
         group="Index",
         choices=("float32", "int8"),
     )
+    search: str = setting(
+        "auto",
+        "How it will be searched; approximate: by lists of near pieces, with the extra [search]; "
+        "auto: that from 250,000 pieces on.",
+        group="Index",
+        choices=("auto", "exact", "approximate"),
+    )
     pooling: str | None = setting(
         None, "Of a model that names none (mean).", group="Index", choices=("cls", "mean", "last", "max")
     )
@@ -86,6 +93,12 @@ class SearchConfig:
     """How an index is searched."""
 
     count: int = setting(5, "How many pieces.", group="Search", aliases=("-n",), minimum=1, maximum=100_000)
+    search: str = setting(
+        "auto",
+        "exact: every piece is looked at; approximate: the lists of an index that has them; auto: those where it has.",
+        group="Search",
+        choices=("auto", "exact", "approximate"),
+    )
     device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
     threads: int | None = setting(
         None, "CPU threads (default: the cores this process may use).", group="Machine", minimum=1, maximum=1024

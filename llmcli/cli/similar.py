@@ -62,9 +62,18 @@ def index(files: tuple[str, ...], model: str, output: str, overwrite: bool, inde
         notice(f"skipped: {line}")
     if len(report.skipped) > 5:
         notice(f"skipped: {len(report.skipped) - 5:,} more")
+    for line in report.notes:
+        notice(line)
     done = f"{report.embedded:,} embedded, {report.kept:,} kept, {report.removed:,} files gone"
-    how = f"pooling {report.pooling}, {report.dimensions:,} dimensions, {report.vectors}"
+    how = f"pooling {report.pooling}, {report.dimensions:,} dimensions, {report.vectors}, {_searched(report.search)}"
     write_out(f"{report.index}: {report.files:,} files, {report.pieces:,} pieces ({done}); {how}\n")
+
+
+def _searched(search: dict[str, Any]) -> str:
+    if search["kind"] == "exact":
+        return "exact search"
+    looked = f"{search['probes']:,} of {search['lists']:,} lists a search, made in {search['seconds']:.1f} s"
+    return f"approximate search ({looked}, recall@5 {search['recall_at_5']:.3f} on {search['sample']:,} pieces)"
 
 
 @similar.command(cls=GroupedCommand)
@@ -76,7 +85,7 @@ def index(files: tuple[str, ...], model: str, output: str, overwrite: bool, inde
 def search(index: str, query: tuple[str, ...], model: str | None, search_config: SearchConfig) -> None:
     """Find the pieces of an index that are nearest to a text.
 
-    A line a piece: score (cosine), file:line, the begin of its text; --json has it whole.
+    A line a piece: score (cosine), file:line, the begin of its text; --json has it whole. Scores are exact in any case.
 
     \b
     Example:
@@ -87,7 +96,10 @@ def search(index: str, query: tuple[str, ...], model: str | None, search_config:
         raise UsageError("there is nothing to search for: give it as an argument, or pipe it in")
     from llmcli.operations.similar import Searcher
 
-    for hit in Searcher(index, model, search_config).search(text):
+    searcher = Searcher(index, model, search_config)
+    for line in searcher.notes:
+        notice(line)
+    for hit in searcher.search(text):
         if is_json():
             write_json({**dataclasses.asdict(hit), "score": round(hit.score, 6)})
         else:

@@ -4,6 +4,7 @@ Invariant: what is opened is one index, whole: as many vectors as pieces, and as
 
 `index.json` says what it was made of and how; `vectors.npy` holds a row a piece, `bytes.npy` the same as bytes and
 `steps.npy` what one of a row's bytes is worth; `pieces.jsonl` a line a piece, `pieces.npy` where each line begins.
+`lists.faiss` stands beside them where search is approximate (`vector_lists`); `manifest.json` holds all to account.
 """
 
 from __future__ import annotations
@@ -85,11 +86,12 @@ class IndexWriter:
         self.pieces += len(pieces)
 
     def finish(self, facts: dict[str, Any]) -> None:
-        """Writes the headers, and index.json with these facts."""
+        """Writes the headers, and index.json with these facts. Nothing can be appended after."""
         for array in self._arrays.values():
             array.finish()
-        content = {"format": FORMAT, "version": VERSION, **facts, "pieces": self.pieces}
-        (self.folder / INDEX).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
+        for file in self._files.values():
+            file.close()
+        write_facts(self.folder, {"format": FORMAT, "version": VERSION, **facts, "pieces": self.pieces})
 
     def __enter__(self) -> IndexWriter:
         return self
@@ -99,6 +101,11 @@ class IndexWriter:
     ) -> None:
         for file in self._files.values():
             file.close()
+
+
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Writes index.json into a staged folder."""
+    (folder / INDEX).write_text(json.dumps(facts, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
 
 class StoredIndex:

@@ -46,8 +46,6 @@ class Nearest:
         count = min(count, len(rough))
         if self.rows is None:
             places: Places = _greatest(rough, min(len(rough), max(_AGAIN * count, _LEAST)))
-            wide = (self.codes[places].astype(np.float32) - np.float32(ZERO)) * self.steps[places, None]
-            scores: npt.NDArray[Any] = wide @ vector
         else:
             # A row is half a step of each number from its bytes at most, the vector as far as its own rounding went.
             lost = float(np.linalg.norm(vector - step * narrow))
@@ -55,12 +53,16 @@ class Nearest:
             least = np.partition(rough - slack, len(rough) - count)[len(rough) - count]
             places = np.flatnonzero(rough + slack >= least)
             if len(places) * _SHARE > len(rough):
-                places = np.arange(len(rough))
-                scores = self.rows @ vector
-            else:
-                scores = self.rows[places] @ vector
-        order = np.lexsort((places, -scores))[:count]
-        return places[order], np.asarray(scores[order], np.float32)
+                return _ordered(np.arange(len(rough)), self.rows @ vector, count)
+        return self.best_of(places, vector, count)
+
+    def best_of(self, places: Places, vector: Floats, count: int) -> tuple[Places, Floats]:
+        """The same among some rows alone, scored by their floats; where those are not kept, by their bytes."""
+        if self.rows is None:
+            wide = (self.codes[places].astype(np.float32) - np.float32(ZERO)) * self.steps[places, None]
+        else:
+            wide = self.rows[places]
+        return _ordered(places, wide @ vector, count)
 
     def _rough(self, narrow: npt.NDArray[np.int8]) -> Floats:
         """The scores of the bytes, in steps of the vector."""
@@ -70,6 +72,11 @@ class Nearest:
             (sums,) = self._engine.run(None, {"rows": self.codes[begin : begin + size], "vector": narrow})
             found[begin : begin + size] = sums[:, 0]
         return found * self.steps
+
+
+def _ordered(places: Places, scores: npt.NDArray[Any], count: int) -> tuple[Places, Floats]:
+    order = np.lexsort((places, -scores))[:count]
+    return places[order], np.asarray(scores[order], np.float32)
 
 
 def _greatest(scores: Floats, count: int) -> Places:

@@ -26,11 +26,11 @@ from llmcli.data.text_rows import TextRow
 from llmcli.errors import DataError, UsageError
 from llmcli.files.artefacts import AdaptedModel, Model, ModelPlace
 from llmcli.files.atomic import refuse_existing, staged_folder
-from llmcli.files.manifest import sha256_of
+from llmcli.files.manifest import sha256_of, versions, write_manifest
 from llmcli.files.prompt_cache import model_key
 from llmcli.files.vector_index import INDEX, IndexWriter, Piece, StoredIndex
+from llmcli.operations.approximate import open_search, settle_search
 from llmcli.operations.embed import Embedder
-from llmcli.operations.nearest import Nearest
 from llmcli.operations.records import Progress
 
 _ROWS = 4096  # vectors that are copied, or turned into bytes, at once
@@ -51,7 +51,9 @@ class IndexReport:
     dimensions: int
     vectors: str
     pooling: str
+    search: dict[str, Any]  # `kind`: exact or approximate; of lists: how many, how many a search looks at, recall@5
     skipped: list[str]
+    notes: list[str]  # why the search is another than was asked for
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -133,8 +135,12 @@ def _write(
         if not writer.pieces:
             first = f", the first: {skipped[0]}" if skipped else ""
             raise DataError(f"no text was found; {len(skipped):,} files were skipped{first}")
-        writer.finish({"model": made_by, **how, "dimensions": embedder.facts.dimensions, "files": entries})
+        facts = {"model": made_by, **how, "dimensions": embedder.facts.dimensions, "files": entries}
+        writer.finish(facts)
         pieces = writer.pieces
+        yield Progress("search", 0, pieces, "pieces")
+        search, notes = settle_search(folder, config)
+        write_manifest(folder, {"model": made_by["key"], "versions": versions()})
     old = {entry["sha256"] for entry in before.facts["files"]} if before is not None else set()
     yield IndexReport(
         index=str(place),
@@ -146,7 +152,9 @@ def _write(
         dimensions=embedder.facts.dimensions,
         vectors=config.vectors,
         pooling=embedder.facts.pooling,
+        search=search,
         skipped=skipped,
+        notes=notes,
     )
 
 
@@ -289,6 +297,7 @@ class Searcher:
         """`model`: where the index's own is no longer where it was. Raises UsageError for another one."""
         configs.check(config)
         self.index = StoredIndex(Path(index))
+        self.nearest, self.notes = open_search(self.index, config)
         self.count = config.count
         of = self.index.facts.get("model")
         if not isinstance(of, dict) or not isinstance(of.get("path"), str):
@@ -302,7 +311,6 @@ class Searcher:
         whole = _embedding(config, pooling=of.get("pooling"), dimensions=of.get("cut"))
         self.embedder = Embedder(model, whole, purposes=QUERY)
         _refuse_another(self.index, self.embedder)
-        self.nearest = Nearest(self.index.codes, self.index.steps, self.index.vectors, threads=config.threads)
 
     def search(self, query: str, count: int | None = None) -> list[Hit]:
         """The pieces that are nearest to a text, the nearest first. Raises DataError for an empty text."""
