@@ -1,7 +1,7 @@
 """Search by meaning: milliseconds of a search after loading, over 100,000 pieces or more (bar: 30 ms for those).
 
 In float32 and int8, exact and approximate (where faiss is installed), each with what making it took, its size and how
-many of the true five it finds. Vectors are made in chunks, so a million of them (`--pieces 1000000`) need little memory.
+many of the true five it finds. Vectors are made in chunks: a million (`--pieces 1000000`) need little memory.
 Beside it, with `--peers` and where they are installed, exact search by faiss and the graph of usearch, in memory.
 """
 
@@ -29,7 +29,7 @@ from llmcli.operations.approximate import open_search, settle_search
 BAR, BAR_PIECES = 30.0, 100_000
 ROWS = 10_000  # made and written at once
 CLUSTERS = 500  # of 100,000 vectors
-HEAD = f"{'search':<22} {'median ms':>10} {'fastest':>8} {'slowest':>8} {'build s':>8} {'MB':>8} {'recall@5':>9}"
+HEAD = f"{'search':<28} {'median ms':>10} {'fastest':>8} {'slowest':>8} {'build s':>8} {'MB':>8} {'recall@5':>9}"
 
 
 def centres_of(count: int, size: int) -> np.ndarray[Any, Any]:
@@ -132,7 +132,7 @@ def main() -> None:
         figures = (
             f"{median:>10.2f} {min(times):>8.2f} {max(times):>8.2f} {build:>8.1f} {size / 1e6:>8.1f} {share:>9.3f}"
         )
-        print(f"{name:<22} {figures}", flush=True)
+        print(f"{name:<28} {figures}", flush=True)
         facts = {"search": name, "milliseconds": median, "fastest": min(times), "slowest": max(times)}
         results.append({**facts, "seconds": build, "bytes": size, "recall": share})
 

@@ -14,7 +14,7 @@ from llmcli.cli.streams import write_json, write_out
 @click.argument("path", type=click.Path())
 @shared_options
 def info(path: str) -> None:
-    """Describe a tokenizer, corpus, run or model.
+    """Describe a tokenizer, corpus, index, run or model.
 
     Reads small files and headers only: weights are not loaded, so it is instant for a model of any size.
 

@@ -41,7 +41,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "summarize": ("summarize", "summarize", "Summarize a text, section by section where it is long."),
     "classify": ("classify", "classify", "Give texts the label that a model has learnt, with its probability."),
     "fill-mask": ("fill_mask", "fill_mask", "List what a missing word of a text may be, by an encoder."),
-    "info": ("info", "info", "Describe a tokenizer, corpus, run or model."),
+    "info": ("info", "info", "Describe a tokenizer, corpus, index, run or model."),
     "verify": ("verify", "verify", "Check that an artefact is whole and consistent."),
     "plot": ("plot", "plot", "Draw the loss curves of runs; of a sweep, of each of its trials."),
     "doctor": ("doctor", "doctor", "Report what this machine offers and what is missing."),

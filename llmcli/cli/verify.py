@@ -11,13 +11,14 @@ from llmcli.errors import CheckError
 
 @click.command(cls=GroupedCommand)
 @click.argument("path", type=click.Path())
-@click.option("--strict", is_flag=True, help="Also read every weight: NaN and infinities are problems.")
+@click.option("--strict", is_flag=True, help="Also read every weight or vector: NaN and infinities are problems.")
 @shared_options
 def verify(path: str, strict: bool) -> None:
     """Check that an artefact is whole and consistent.
 
     Checksums of manifests, headers and shapes of weights, tokenizer against embedding, corpus ids against the
-    vocabulary, each checkpoint of a run. Problems are listed on stdout and the exit code is 3.
+    vocabulary, texts of an index against their places, each checkpoint of a run. Problems are listed on stdout and the
+    exit code is 3.
 
     \b
     Example:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llmcli.config import TextConfig
@@ -30,9 +30,14 @@ class TextRow:
 def read_text_rows(path: str, field: str = "text") -> Iterator[TextRow]:
     """The texts of files (`-`: stdin; compressed or not): of JSON, CSV, TSV and parquet the field, else the lines.
 
-    Raises DataError for a file that is missing, empty or no text, and for a row that holds no text.
+    Raises DataError at once for a file that is missing; while reading for one that is empty or no text, and for a row
+    without a text.
     """
-    for source in find_inputs([path]):
+    return _rows(find_inputs([path]), field)
+
+
+def _rows(sources: Sequence[Source], field: str) -> Iterator[TextRow]:
+    for source in sources:
         if source.format in ("json", "csv", "tsv", "parquet"):
             for document in read_documents([source], TextConfig(text_field=field)):
                 yield TextRow(document.text, f"{document.source}:{document.line}")
@@ -41,9 +46,9 @@ def read_text_rows(path: str, field: str = "text") -> Iterator[TextRow]:
 
 
 def read_lines(path: str) -> Iterator[TextRow]:
-    """The lines of a file, whatever its name tells (`-`: stdin)."""
-    for source in find_inputs([path]):
-        yield from _lines(dataclasses.replace(source, format="text"), "")
+    """The lines of a file, whatever its name tells (`-`: stdin). Raises DataError at once where there is none."""
+    sources = find_inputs([path])
+    return (row for source in sources for row in _lines(dataclasses.replace(source, format="text"), ""))
 
 
 def _lines(source: Source, field: str) -> Iterator[TextRow]:

@@ -1,4 +1,4 @@
-"""What a path is: tokenizer, corpus, run, checkpoint or model, told by the files in it.
+"""What a path is: tokenizer, corpus, index, run, checkpoint or model, told by the files in it.
 
 Invariant: the kind depends on names alone, so a damaged artefact still has its kind and `verify` can say what is wrong.
 """
@@ -14,7 +14,8 @@ from typing import Any
 from llmcli.errors import DataError, LlmcliError, from_os_error
 from llmcli.files.manifest import MANIFEST, manifest_problems
 
-KINDS = ("tokenizer", "corpus", "run", "checkpoint", "adapter", "model", "onnx")
+KINDS = ("tokenizer", "corpus", "index", "run", "checkpoint", "adapter", "model", "onnx")
+INDEX = "index.json"  # of pieces of files and their vectors
 METRICS = "metrics.jsonl"
 RUN_CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
@@ -25,9 +26,11 @@ GRAPH = "model.onnx"
 ADAPTER_CONFIG = "adapter_config.json"
 PREFILL = "prefill.onnx"  # a second graph over the same cache and data, which reads prompts
 _ONNX = (GRAPH, f"{GRAPH}.data", "export.json")  # any of them: a folder that lost one is still of its kind
+_INDEX = (INDEX, "pieces.jsonl", "pieces.npy", "bytes.npy", "steps.npy")  # two of them: the same
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _EXPECTED = (
-    "tokenizer.json (a tokenizer), corpus.json (a corpus), config.toml with checkpoints/ (a run) "
+    "tokenizer.json (a tokenizer), corpus.json (a corpus), index.json with pieces.jsonl (an index), "
+    "config.toml with checkpoints/ (a run) "
     "or config.json with model.safetensors (a model) or model.onnx (an ONNX model)"
 )
 
@@ -47,6 +50,8 @@ def kind_of(path: str | Path) -> str:
 
     if has("corpus.json"):
         return "corpus"
+    if sum(has(name) for name in _INDEX) > 1:
+        return "index"
     if has(RUN_CONFIG) and has(CHECKPOINTS, METRICS, RESULT, TRIALS):
         return "run"
     if has("state.json") and has("config.json", *_WEIGHTS):
@@ -98,7 +103,8 @@ def resolve_model(path: str | Path, *, onnx: bool = True) -> Path:
         base = read_json(place / ADAPTER_CONFIG).get("base_model_name_or_path")
         raise DataError(f"is an adapter; give its base, and it by --adapter (made for {base!r:.200})", where=str(path))
     if kind not in ("model", "checkpoint"):
-        raise DataError(f"is a {kind}; a model or a run is needed", where=str(path))
+        article = "an" if kind == "index" else "a"
+        raise DataError(f"is {article} {kind}; a model or a run is needed", where=str(path))
     if not is_model(place):
         missing = "config.json" if not (place / "config.json").is_file() else _WEIGHTS[0]
         raise DataError(f"is not a whole model: {missing} is missing", where=str(path))

@@ -21,9 +21,9 @@ import numpy.typing as npt
 
 from llmcli.errors import DataError, from_os_error
 from llmcli.files.arrays import NpyRows
+from llmcli.files.artefacts import INDEX as INDEX
 from llmcli.files.artefacts import read_json
 
-INDEX = "index.json"
 FORMAT, VERSION = "llmcli-index", 1
 ZERO = 128  # the byte that stands for 0
 _EXACT = "vectors.npy"  # which an index of bytes alone has not
@@ -119,6 +119,8 @@ class StoredIndex:
     def __init__(self, folder: Path) -> None:
         """Raises DataError for what is no index, or not whole."""
         self.folder = folder
+        if not folder.exists():
+            raise DataError("no such file or folder", where=str(folder))
         if not (folder / INDEX).is_file():
             raise DataError(f"is no index: it has no {INDEX}", where=str(folder))
         self.facts = read_json(folder / INDEX)

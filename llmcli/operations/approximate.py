@@ -39,6 +39,7 @@ _SAMPLE, _NEAREST = 200, 5
 _POINTS, _ROUNDS = 64, 10  # of k-means: points a centre, and how often they are assigned
 _ROWS = 1 << 15  # vectors held at once
 _AGAIN, _FEWEST = 8, 64  # candidates for each row that is wanted: the codes' order is not quite the vectors'
+_MISSING = "search is exact: approximate search needs the package faiss-cpu: pip install 'llmcli[search]'"
 
 
 def candidates_for(count: int) -> int:
@@ -123,8 +124,10 @@ def settle_search(folder: Path, config: IndexConfig) -> tuple[dict[str, Any], li
     Raises MissingExtraError where they were asked for and faiss is not there.
     """
     index = StoredIndex(folder)
-    exact, pieces = {"kind": "exact"}, len(index.codes)
-    found, notes = exact, []
+    pieces = len(index.codes)
+    found: dict[str, Any] = {"kind": "exact"}
+    notes: list[str] = []
+    (folder / LISTS).unlink(missing_ok=True)
     if config.search == "approximate" or (config.search == "auto" and pieces >= ENOUGH and has_faiss()):
         facts = make_lists(folder, index, threads=config.threads)
         if config.search == "approximate" or facts.recall_at_5 >= LEAST:
@@ -135,7 +138,7 @@ def settle_search(folder: Path, config: IndexConfig) -> tuple[dict[str, Any], li
                 f"search is exact: lists found {facts.recall_at_5:.1%} of the nearest five, fewer than {LEAST:.0%}"
             ]
     elif config.search == "auto" and pieces >= ENOUGH:
-        notes = ["search is exact: approximate search needs the package faiss-cpu: pip install 'llmcli[search]'"]
+        notes = [_MISSING]
     write_facts(folder, {**index.facts, "search": found})
     return found, notes
 
@@ -155,9 +158,7 @@ def open_search(index: StoredIndex, config: SearchConfig) -> tuple[Nearest | App
             raise UsageError("was made for exact search; index it with --search approximate first", where=where)
         return nearest, []
     if config.search == "auto" and not has_faiss():
-        return nearest, [
-            "search is exact: approximate search needs the package faiss-cpu: pip install 'llmcli[search]'"
-        ]
+        return nearest, [_MISSING]
     return Approximate(nearest, StoredLists(index.folder, facts, *index.codes.shape)), []
 
 

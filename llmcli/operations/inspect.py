@@ -21,6 +21,7 @@ from llmcli.files.tensors import tensors_of
 from llmcli.models.config import read_config
 from llmcli.models.encoder_config import is_encoder, kind_of_head, read_encoder_config
 
+SEARCH = ("kind", "lists", "probes", "recall_at_5", "sample")  # of an index, what is said of its search
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 
 
@@ -39,6 +40,7 @@ def describe(path: str | Path) -> Description:
     readers: dict[str, Callable[[Path], dict[str, Any]]] = {
         "tokenizer": _tokenizer,
         "corpus": _corpus,
+        "index": _index,
         "run": _run,
         "checkpoint": _checkpoint,
         "adapter": _adapter,
@@ -78,6 +80,21 @@ def _corpus(folder: Path) -> dict[str, Any]:
         facts["sources"] = len(sources)
     facts["size_bytes"] = artefacts.size_of(folder)
     return facts
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    content = artefacts.read_json(folder / artefacts.INDEX)
+    facts: dict[str, Any] = {
+        key: content[key] for key in ("pieces", "dimensions", "vectors", "chunk_tokens") if key in content
+    }
+    if isinstance(content.get("files"), list):
+        facts["files"] = len(content["files"])
+    of, search = content.get("model"), content.get("search", {"kind": "exact"})
+    if isinstance(search, dict):
+        facts["search"] = {key: search[key] for key in SEARCH if key in search}
+    if isinstance(of, dict):
+        facts["model"] = {key: of.get(key) for key in ("path", "adapter", "pooling", "key")}
+    return {**facts, "size_bytes": artefacts.size_of(folder)}
 
 
 def _run(folder: Path) -> dict[str, Any]:

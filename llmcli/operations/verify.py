@@ -26,6 +26,7 @@ from llmcli.files.tensors import tensors_of, weight_files
 from llmcli.models.config import read_config
 from llmcli.models.encoder_config import is_encoder, kind_of_head
 from llmcli.models.labels import is_classifier, labels_of
+from llmcli.operations.verify_index import index_problems
 
 _PIECE = 1 << 22  # ids or weights looked at at once: memory stays small whatever the size
 _TOKENIZER_FILES = ("tokenizer", "vocab.json", "merges.txt", "special_tokens_map.json")
@@ -49,6 +50,7 @@ def verify(path: str | Path, *, values: bool = False) -> Verdict:
     checks: dict[str, Callable[[], Iterable[str]]] = {
         "tokenizer": lambda: _tokenizer_alone(place if place.is_dir() else place.parent),
         "corpus": lambda: _corpus(place),
+        "index": lambda: _index(place, values),
         "run": lambda: _run(place, values),
         "checkpoint": lambda: _checkpoint(place, values),
         "adapter": lambda: _weights(place, values),
@@ -138,6 +140,15 @@ def _corpus_tokenizer(folder: Path, content: Mapping[str, Any]) -> Iterator[str]
         yield f"tokenizer.json: its hash is {tokenizer.hash}, corpus.json says {content.get('tokenizer_hash')}"
     if tokenizer.vocab_size != content.get("vocab_size"):
         yield f"tokenizer.json: {tokenizer.vocab_size} tokens, corpus.json says {content.get('vocab_size')}"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Indexes
+
+
+def _index(folder: Path, values: bool) -> Iterator[str]:
+    yield from _manifest(folder)
+    yield from _collected(lambda: index_problems(folder, values=values), folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------
