@@ -32,7 +32,7 @@ from llmcli.files.vector_lists import (
 )
 from llmcli.operations.nearest import Floats, Nearest, Places
 
-ENOUGH = 250_000  # pieces from which on `auto` makes lists: an exact search takes some 25 ms then
+ENOUGH = 250_000  # pieces from which on `auto` makes lists: an exact search takes some 30 ms then
 LEAST = 0.95  # recall@5 below which `auto` does without them
 _RECALL = 0.99  # that is aimed at; queries lie further from the pieces than these from each other
 _SAMPLE, _NEAREST = 200, 5
