@@ -81,6 +81,14 @@ class FinetuneConfig:
     max_grad_norm: float = setting(
         1.0, "Gradients are scaled down to this norm; 0: never.", group="Training", minimum=0
     )
+    dropout: float | None = setting(
+        None,
+        "Share of the embeddings and of each block's outputs that is left out in training (default: what an encoder's "
+        "config.json says; of a decoder 0).",
+        group="Training",
+        minimum=0,
+        maximum=0.9,
+    )
     seed: int = setting(
         0, "Of new weights, data order, dropout and the split.", group="Training", minimum=0, maximum=2**63 - 1
     )

@@ -86,7 +86,8 @@ def until_step(step: int, *arguments: Any, **details: Any) -> None:
     """A run that is asked to stop after a step, as a signal does."""
     task, base, data, at, *settings = arguments
     last = [0]
-    records = finetune(task, base, [str(data)], at, tiny(), *settings, stopping=lambda: last[0] >= step, **details)
+    config = details.pop("config", tiny())
+    records = finetune(task, base, [str(data)], at, config, *settings, stopping=lambda: last[0] >= step, **details)
     for record in records:
         if isinstance(record, TrainingEvent):
             last[0] = record.step

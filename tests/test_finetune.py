@@ -156,20 +156,22 @@ def test_several_labels_a_text(tmp_path: Path, base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "lora"),
+    ("task", "lora", "dropout"),
     [
-        ("chat", LoraConfig()),
-        ("chat", LoraConfig(lora=True, lora_rank=2, lora_dropout=0.2, lora_kind="dora")),
-        ("classify", LoraConfig(lora=True, lora_rank=2, lora_dropout=0.2)),
+        ("chat", LoraConfig(), 0.0),
+        ("chat", LoraConfig(lora=True, lora_rank=2, lora_dropout=0.2, lora_kind="dora"), 0.0),
+        ("classify", LoraConfig(lora=True, lora_rank=2, lora_dropout=0.2), 0.0),
+        ("classify", LoraConfig(), 0.2),
     ],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(
-    tmp_path: Path, base: Path, chat_data: Path, label_data: Path, task: str, lora: LoraConfig
+    tmp_path: Path, base: Path, chat_data: Path, label_data: Path, task: str, lora: LoraConfig, dropout: float
 ) -> None:
     data = chat_data if task == "chat" else label_data
-    go(task, base, data, tmp_path / "straight", lora)
-    until_step(4, task, base, data, tmp_path / "broken", lora)
-    events = go(task, base, data, tmp_path / "broken", lora, resume="auto")
+    config = tiny(dropout=dropout)
+    go(task, base, data, tmp_path / "straight", lora, config=config)
+    until_step(4, task, base, data, tmp_path / "broken", lora, config=config)
+    events = go(task, base, data, tmp_path / "broken", lora, config=config, resume="auto")
     assert next(event for event in events if event.event == "step").step == 5
     assert tuned(tmp_path / "broken") == tuned(tmp_path / "straight")
 

@@ -21,6 +21,7 @@ from llmcli.files.artefacts import end_ids, resolve_model
 from llmcli.files.manifest import versions
 from llmcli.files.tensors import weights_hash
 from llmcli.models.decoder import Decoder
+from llmcli.models.dropout import dropout_of, set_dropout
 from llmcli.models.encoder import Encoder
 from llmcli.models.text_model import TextModel, load_shape, load_to_train, most_tokens
 from llmcli.models.vocabulary import grown, refreshed
@@ -175,6 +176,8 @@ def prepared_run(
         refreshed(loaded, given.vocab_size, tokenizer.vocab_size)
     model = task.model(loaded, torch.Generator().manual_seed(config.seed)).to(torch.device(machine.device))
     model.compute_dtype = machine.dtype
+    if config.dropout is None:
+        config = dataclasses.replace(config, dropout=dropout_of(model))
     facts = task.facts(tokenizer)
     ends = tuple(dict.fromkeys((*end_ids(base), *task.ends(tokenizer))))
     kept: run_folder.Kept
@@ -188,6 +191,7 @@ def prepared_run(
         kept.also = also
     else:
         kept = run_folder.WholeModel(model, tokenizer, facts, ends, also)
+    set_dropout(model, config.dropout or 0.0)
     model.train()
     yield PreparedRun(task, tokenizer, data, model, config, [config, *settings[1:]], machine, kept)
 
@@ -248,9 +252,9 @@ def loop_of(
         seed = (config.seed * 0x9E3779B97F4A7C15 + packed.number) % 2**63
         if dropout is not None:
             dropout.generator.manual_seed(seed)
-        if not isinstance(model, Encoder):
+        if not isinstance(model, Encoder) and not config.dropout:
             return task.loss(model, packed, targets, scale)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # an encoder's dropout knows no other
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # F.dropout knows no other
             torch.manual_seed(seed)
             return task.loss(model, packed, targets, scale)
 
