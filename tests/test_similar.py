@@ -316,6 +316,11 @@ def test_without_the_library_a_line_names_the_extra(
         open_search(StoredIndex(folder), search_by("approximate"))
 
 
+def test_the_library_is_looked_for_before_the_model(texts: Path, tmp_path: Path, without_faiss: None) -> None:
+    with pytest.raises(MissingExtraError):
+        index(texts, tmp_path / "no model", tmp_path / "index", search="approximate")
+
+
 def edit_index(folder: Path, **facts: Any) -> None:
     content = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps({**content, **facts}))

@@ -118,6 +118,11 @@ def _probes(faiss: Any, made: Any, index: StoredIndex, queries: Floats, best: _B
         probes *= 2
 
 
+def makes_lists(config: IndexConfig, pieces: int) -> bool:
+    """Whether an index of so many pieces gets lists."""
+    return config.search == "approximate" or (config.search == "auto" and pieces >= ENOUGH and has_faiss())
+
+
 def settle_search(folder: Path, config: IndexConfig) -> tuple[dict[str, Any], list[str]]:
     """Makes the lists of an index in a staged folder where they are wanted; what index.json now says, and notes.
 
@@ -128,7 +133,7 @@ def settle_search(folder: Path, config: IndexConfig) -> tuple[dict[str, Any], li
     found: dict[str, Any] = {"kind": "exact"}
     notes: list[str] = []
     (folder / LISTS).unlink(missing_ok=True)
-    if config.search == "approximate" or (config.search == "auto" and pieces >= ENOUGH and has_faiss()):
+    if makes_lists(config, pieces):
         facts = make_lists(folder, index, threads=config.threads)
         if config.search == "approximate" or facts.recall_at_5 >= LEAST:
             found = {"kind": "approximate", **dataclasses.asdict(facts)}

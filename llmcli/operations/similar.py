@@ -29,7 +29,8 @@ from llmcli.files.atomic import refuse_existing, staged_folder
 from llmcli.files.manifest import sha256_of, versions, write_manifest
 from llmcli.files.prompt_cache import model_key
 from llmcli.files.vector_index import INDEX, IndexWriter, Piece, StoredIndex
-from llmcli.operations.approximate import open_search, settle_search
+from llmcli.files.vector_lists import import_faiss
+from llmcli.operations.approximate import makes_lists, open_search, settle_search
 from llmcli.operations.embed import Embedder
 from llmcli.operations.records import Progress
 
@@ -81,7 +82,8 @@ def index_files(
 ) -> Iterator[Progress | IndexReport]:
     """Makes an index of files, or brings one up to date. The report comes last.
 
-    Raises UsageError where the index is one of another model, DataError for a file that cannot be read.
+    Raises UsageError where the index is one of another model, DataError for a file that cannot be read, and
+    MissingExtraError before the model is loaded where lists are asked for and faiss is not there.
     """
     configs.check(config)
     place = Path(output)
@@ -93,6 +95,8 @@ def index_files(
     for source in sources:
         if source.size is None:
             raise UsageError("is no file; an index is made of files", where=source.name)
+    if config.search == "approximate":
+        import_faiss()  # before hours of embedding
     embedder = Embedder(model, _embedding(config), purposes=DOCUMENT)
     try:
         yield from _write(sources, embedder, place, config, before)
@@ -138,7 +142,8 @@ def _write(
         facts = {"model": made_by, **how, "dimensions": embedder.facts.dimensions, "files": entries}
         writer.finish(facts)
         pieces = writer.pieces
-        yield Progress("search", 0, pieces, "pieces")
+        if makes_lists(config, pieces):
+            yield Progress("making lists", 0, pieces, "pieces")
         search, notes = settle_search(folder, config)
         write_manifest(folder, {"model": made_by["key"], "versions": versions()})
     old = {entry["sha256"] for entry in before.facts["files"]} if before is not None else set()
