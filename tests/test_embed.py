@@ -222,6 +222,49 @@ def test_a_failure_leaves_no_file_and_the_old_one_as_it_was(model: Path, tmp_pat
         list(embed_file(model, ["b"], tmp_path / "v.txt"))
 
 
+def test_interrupted_lines_go_on_to_the_bytes_of_an_undisturbed_call(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_TEXTS", 4)  # of a window: the second is computed in part alone
+    texts = [*TEXTS, "x", "the boat", "a sea of stories"]
+    list(embed_file(model, texts, tmp_path / "whole.jsonl"))
+    out = tmp_path / "v.jsonl"
+    with pytest.raises(DataError, match="text 9: the text is empty"):
+        list(embed_file(model, [*texts[:8], ""], out))
+    (kept,) = tmp_path.glob("v.jsonl*")
+    lines = kept.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 8
+    kept.write_bytes(b"".join(lines[:6])[:-20])  # a crash: the sixth line is torn
+    ran: list[int] = []
+    run = Embedder._run
+    monkeypatch.setattr(Embedder, "_run", lambda self, pieces: ran.append(len(pieces)) or run(self, pieces))
+    *_, report = embed_file(model, texts, out)
+    assert isinstance(report, EmbedReport)
+    assert (report.resumed, report.texts, report.rows, sum(ran)) == (5, 9, 9, 5)
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.partial-*"))
+
+
+def test_interrupted_lines_of_something_else_are_refused_and_stay(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "v.jsonl"
+    most = module._TEXTS
+    bad = [*TEXTS, *["a"] * (most - len(TEXTS)), ""]  # a whole window, and a text that stops it
+    with pytest.raises(DataError, match="is empty"):
+        list(embed_file(model, bad, out))
+    (kept,) = tmp_path.glob("v.jsonl.partial-*")
+    before = kept.read_bytes()
+    with pytest.raises(UsageError, match="2: is the begin of this output, of other texts; --overwrite begins anew"):
+        list(embed_file(model, [TEXTS[0], "another", *bad[2:-1]], out))
+    with pytest.raises(UsageError, match="of other texts"):
+        list(embed_file(model, bad[:7], out))
+    with pytest.raises(UsageError, match="by another model or other settings"):
+        list(embed_file(model, bad[:-1], out, EmbedConfig(normalize=True)))
+    assert kept.read_bytes() == before
+    assert not out.exists()
+    list(embed_file(model, TEXTS, out, EmbedConfig(normalize=True), overwrite=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v.json", "v.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmcli.cli.info import counted
 from llmcli.cli.options import (
     GroupedCommand,
     SectionOption,
@@ -52,6 +55,7 @@ def embed(
     Each TEXT is one; of piped text (or -) each line. On stdout stands a line of JSON a text: id (where its row has
     one), text, embedding, and with --pooling none tokens. A .npy file holds the vectors in the order of the texts, one
     below the other; how they were made stands on stderr, in the metadata of .safetensors, else in a .json file beside.
+    A .jsonl file that was interrupted is gone on with by the same command.
 
     \b
     Example:
@@ -85,25 +89,33 @@ def embed(
             left_out += record.left_out
             write_out(line_of(record, ascii_only=writes_ascii()) + "\n")
     else:
-        left_out = _file(embed_into(embedder, given, output, overwrite=overwrite))
+        left_out = _file(embed_into(embedder, given, output, overwrite=overwrite), output, overwrite=overwrite)
     if left_out:
         notice(f"{left_out:,} tokens were not read: their texts are longer than the model reads")
 
 
-def _file(records: Any) -> int:
+def _file(records: Any, output: str, *, overwrite: bool) -> int:
     """Shows the writing of a file; the tokens that were not read."""
     from llmcli.cli.display import progress
+    from llmcli.files.partial import partial_files
     from llmcli.operations.embed_file import EmbedReport
 
     report: Any = None
-    with progress("Embedding") as show:
-        for record in records:
-            if isinstance(record, EmbedReport):
-                report = record
-            else:
-                show(record)
+    try:
+        with progress("Embedding") as show, contextlib.closing(records):
+            for record in records:
+                if isinstance(record, EmbedReport):
+                    report = record
+                else:
+                    show(record)
+    except BaseException:
+        for kept in [] if overwrite else partial_files(Path(output)):
+            notice(f"{kept}: holds the vectors so far; the same command goes on there")
+        raise
     if is_json():
         write_json({"output": report.output, "left_out": report.left_out, **report.facts})
     else:
-        notice(f"{report.output}: {report.texts:,} texts, {report.rows:,} vectors")
+        resumed = f", {report.resumed:,} of them as an interrupted call left them" if report.resumed else ""
+        vectors = counted(report.rows, "vector")
+        notice(f"{report.output}: {counted(report.texts, 'text')}, {vectors}{resumed}")
     return int(report.left_out)

@@ -96,20 +96,24 @@ class Embedder:
         prompt = f", after {facts.prompt!r}" if facts.prompt else ""
         return f"{pooling}, {norm}, {facts.dimensions:,} dimensions{layers}{prompt}"
 
-    def embed(self, texts: Iterable[str | TextRow]) -> Iterator[Embedded]:
-        """A record for each text, in order. Raises DataError for an empty text, and for one that is too long."""
+    def embed(self, texts: Iterable[str | TextRow], done: int = 0) -> Iterator[Embedded]:
+        """A record for each text, in order. Raises DataError for an empty text, and for one that is too long.
+
+        Of the first `done` texts the vectors are known: a window of these alone is not computed, and its records have
+        none. So the vectors behind them are, bit for bit, those that are made in one go.
+        """
         width = 4 * self.model.hidden_size * len(self.facts.layers)
         most = max(1, _STATES // width) if self.facts.pooling == "none" else _CHARACTERS
         held: list[TextRow] = []
-        characters = 0
+        characters = number = 0
         for number, given in enumerate(texts, start=1):
             text = TextRow(given, f"text {number:,}") if isinstance(given, str) else given
             if held and (len(held) == _TEXTS or characters + len(text.text) > most):
-                yield from self._window(held)
+                yield from self._window(held, known=number - 1 <= done)
                 held, characters = [], 0
             held.append(text)
             characters += len(text.text)
-        yield from self._window(held)
+        yield from self._window(held, known=number <= done)
 
     def ids(self, text: str) -> Ids:
         """A text's ids with what stands around it. Raises DataError where it is empty or too long."""
@@ -122,7 +126,7 @@ class Embedder:
         found = [each.embedding for each in self.embed(texts)]
         return np.stack(found) if found else np.empty((0, self.facts.dimensions), np.float32)
 
-    def _window(self, texts: Sequence[TextRow]) -> Iterator[Embedded]:
+    def _window(self, texts: Sequence[TextRow], *, known: bool) -> Iterator[Embedded]:
         if not texts:
             return
         pieces: list[Ids] = []  # each with what stands around it
@@ -132,6 +136,11 @@ class Embedder:
             left_out.append(len(ids) - sum(map(len, cut)))
             pieces += [np.asarray([*self._before, *piece, *self._behind], np.int32) for piece in cut]
             ends.append(len(pieces))
+        if known:
+            none = np.empty(0, np.float32)
+            for text, less in zip(texts, left_out, strict=True):
+                yield Embedded(text.text, none, text.id, left_out=less)
+            return
         found: list[Any] = [None] * len(pieces)
         for batch in self._batches([len(piece) for piece in pieces]):
             chosen = [pieces[place] for place in batch]

@@ -1,17 +1,19 @@
 """Texts to a file of vectors: JSON Lines, `.npy` or safetensors, written as they are made, in the order of the texts.
 
 Invariant: the file appears whole or not at all, in bounded memory, and says how its vectors were made: in its metadata,
-or in a JSON file beside it.
+or in a JSON file beside it. Lines of an interrupted call are kept beside it, and the same call goes on behind them, to
+the bytes that an undisturbed one writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,6 +23,9 @@ from llmcli.errors import UsageError
 from llmcli.files.arrays import NpyRows, SafetensorsRows
 from llmcli.files.artefacts import Model
 from llmcli.files.atomic import refuse_existing, staged_file, write_file
+from llmcli.files.manifest import sha256_of
+from llmcli.files.partial import PartialFile, partial_file
+from llmcli.files.prompt_cache import model_key
 from llmcli.operations.embed import Embedded, Embedder
 from llmcli.operations.records import Progress
 
@@ -37,6 +42,7 @@ class EmbedReport:
     rows: int  # vectors, or sets of them where there are several layers
     left_out: int  # tokens that were not read
     facts: dict[str, Any]
+    resumed: int = 0  # of the texts, those that an interrupted call had written
 
 
 def embed_file(
@@ -47,7 +53,11 @@ def embed_file(
     *,
     overwrite: bool = False,
 ) -> Iterator[Progress | EmbedReport]:
-    """Writes the vectors of texts; the report comes last. Raises what `embed` raises, and then there is no file."""
+    """Writes the vectors of texts; the report comes last. Raises what `embed` raises, and then there is no file.
+
+    Of JSON Lines what was written until then is kept, and the same call goes on there. Raises UsageError where that is
+    of another model, other settings or other texts.
+    """
     refuse_output(output, overwrite=overwrite)
     embedder = Embedder(model, config)
     try:
@@ -80,7 +90,7 @@ def embed_into(
     with contextlib.ExitStack() as stack:
         said = stack.enter_context(staged_file(beside, overwrite=overwrite)) if beside is not None else None
         sink = stack.enter_context(_sink(place, embedder, stack, overwrite=overwrite))
-        for record in embedder.embed(texts):
+        for record in embedder.embed(texts, sink.kept):
             sink.write(count, record)
             count += 1
             left_out += record.left_out
@@ -90,7 +100,7 @@ def embed_into(
         facts = {**embedder.said, "texts": count, "rows": rows}
         if said is not None:
             said.write((json.dumps(facts, ensure_ascii=False, indent=2) + "\n").encode("utf-8", "backslashreplace"))
-    yield EmbedReport(str(output), count, rows, left_out, facts)
+    yield EmbedReport(str(output), count, rows, left_out, facts, sink.kept)
 
 
 def write_attentions(embedder: Embedder, text: str, output: str | Path, *, overwrite: bool = False) -> list[str]:
@@ -115,6 +125,9 @@ def write_attentions(embedder: Embedder, text: str, output: str | Path, *, overw
 
 
 class _Sink(Protocol):
+    @property
+    def kept(self) -> int: ...  # texts whose vectors stand already
+
     def write(self, index: int, record: Embedded) -> None: ...
 
     def finish(self) -> int: ...
@@ -125,10 +138,12 @@ def _sink(place: Path, embedder: Embedder, stack: contextlib.ExitStack, *, overw
     facts = embedder.facts
     row = (*((len(facts.layers),) if embedder.several else ()), facts.dimensions)
     every = facts.pooling == "none"
+    if place.suffix == ".jsonl":
+        with partial_file(place, _key(embedder), overwrite=overwrite) as lines:
+            yield _Lines(lines)
+        return
     with staged_file(place, overwrite=overwrite) as file:
-        if place.suffix == ".jsonl":
-            yield _Lines(file)
-        elif place.suffix == ".npy":
+        if place.suffix == ".npy":
             tokens = None
             if every:
                 beside = stack.enter_context(staged_file(place.with_suffix(".tokens.npy"), overwrite=overwrite))
@@ -141,18 +156,38 @@ def _sink(place: Path, embedder: Embedder, stack: contextlib.ExitStack, *, overw
                 yield _Safetensors(rows)
 
 
-@dataclasses.dataclass
-class _Lines:
-    """JSON Lines."""
+def _key(embedder: Embedder) -> str:
+    """Tells by a hash the model and all that decides what vectors it gives."""
+    place, config = embedder.place, embedder.config
+    adapter = [] if place.adapter is None else sorted(path for path in place.adapter.iterdir() if path.is_file())
+    files = [model_key(place.folder), embedder.tokenizer.hash, {path.name: sha256_of(path) for path in adapter}]
+    how = {name: value for name, value in embedder.said.items() if name != "model"}
+    ways = [config.precision, config.truncate, embedder.several, embedder.own.lower]
+    return hashlib.sha256(json.dumps([files, how, ways], sort_keys=True).encode()).hexdigest()
 
-    file: BinaryIO
-    rows: int = 0
+
+class _Lines:
+    """JSON Lines, behind those of an interrupted call, which must be of the same texts."""
+
+    def __init__(self, lines: PartialFile) -> None:
+        self.lines, self.rows, self.kept = lines, 0, lines.kept
+        self._standing = lines.begins()
 
     def write(self, index: int, record: Embedded) -> None:
-        self.file.write(line_of(record).encode("utf-8", "backslashreplace") + b"\n")
+        if index < self.kept:
+            if not next(self._standing).startswith(_bytes(_head_of(record)[:-1] + ", ")):
+                self._refuse(index)
+        else:
+            self.lines.write(_bytes(line_of(record) + "\n"))
         self.rows += 1
 
+    def _refuse(self, index: int) -> None:
+        where = f"{self.lines.path}:{index + 1}"
+        raise UsageError("is the begin of this output, of other texts; --overwrite begins anew", where=where)
+
     def finish(self) -> int:
+        if self.rows < self.kept:
+            self._refuse(self.rows)
         return self.rows
 
 
@@ -162,6 +197,7 @@ class _Npy:
 
     vectors: NpyRows
     tokens: NpyRows | None
+    kept = 0
 
     def write(self, index: int, record: Embedded) -> None:
         self.vectors.write(_rows(record))
@@ -180,6 +216,7 @@ class _Safetensors:
     """The same as two tensors: embeddings and tokens."""
 
     tensors: SafetensorsRows
+    kept = 0
 
     def write(self, index: int, record: Embedded) -> None:
         self.tensors.write("embeddings", _rows(record))
@@ -209,11 +246,20 @@ def _tokens(index: int, record: Embedded) -> np.ndarray[Any, Any]:
 
 def line_of(record: Embedded, *, ascii_only: bool = False) -> str:
     """A record as a JSON object on one line. Nine digits give each float32 back as it was."""
-    head: dict[str, Any] = {} if record.id is None else {"id": record.id}
-    head["text"] = record.text
+    head = _head_of(record, ascii_only=ascii_only)[:-1]
     if record.tokens is not None:
-        head["tokens"] = list(record.tokens)
-    return f'{json.dumps(head, ensure_ascii=ascii_only)[:-1]}, "embedding": {_numbers(record.embedding)}}}'
+        head += f', "tokens": {json.dumps(record.tokens, ensure_ascii=ascii_only)}'
+    return f'{head}, "embedding": {_numbers(record.embedding)}}}'
+
+
+def _head_of(record: Embedded, *, ascii_only: bool = False) -> str:
+    """What a line says of the text itself, as a JSON object."""
+    head: dict[str, Any] = {} if record.id is None else {"id": record.id}
+    return json.dumps({**head, "text": record.text}, ensure_ascii=ascii_only)
+
+
+def _bytes(line: str) -> bytes:
+    return line.encode("utf-8", "backslashreplace")
 
 
 def _numbers(values: np.ndarray[Any, Any]) -> str:
