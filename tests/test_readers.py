@@ -377,6 +377,19 @@ def test_western_bytes_among_ascii_are_cp1252(put: Put) -> None:
 
 
 @needs_data
+@pytest.mark.parametrize("text", ["grüße\n", "café\n", "naïve\nÜbung\n"])
+def test_a_few_words_of_a_western_encoding_are_no_utf_16_and_no_urdu(put: Put, text: str) -> None:
+    put("a.txt", text.encode("cp1252"))
+    assert texts("a.txt") == [text]
+
+
+def test_too_few_words_of_an_old_encoding_are_an_error_and_not_guessed(put: Put) -> None:
+    put("a.txt", "Привет\n".encode("cp1251"))
+    with pytest.raises(DataError, match="too little text to tell its encoding; save it as UTF-8"):
+        texts("a.txt")
+    assert texts("a.txt", encoding="cp1251") == ["Привет\n"]
+
+
 def test_old_encodings_are_recognised() -> None:
     pytest.importorskip("charset_normalizer")
     folder = DATA / "udhr_legacy_encodings"

@@ -4,12 +4,14 @@ Invariant: with `strict`, text comes out only as long as every byte is valid; th
 byte. Nothing is stripped but the byte order mark, and line ends stay as they are.
 
 `auto` takes the byte order mark, then UTF-8, then what the bytes look like: a few high bytes among ASCII are Western
-European (cp1252), anything else is asked of charset-normalizer.
+European (cp1252), anything else is asked of charset-normalizer. From too few high bytes nobody can tell; then it is an
+error, as a text in the wrong letters would pass unseen.
 """
 
 from __future__ import annotations
 
 import codecs
+import string
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +27,7 @@ _MARKS = (  # the longer ones first: UTF-32's mark begins with UTF-16's
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _WESTERN_SHARE = 0.03  # German and French have 1 to 3 bytes of 100 that are not ASCII, Polish 6, Greek 80
+_FEW = 24  # high bytes; of fewer charset-normalizer makes Urdu out of "caf\xe9", and UTF-16 out of "gr\xfc\xdfe"
 _CONTROLS = bytes(byte for byte in range(32) if byte not in b"\t\n\r\f\x1b\x08")
 _HIGH = bytes(range(128, 256))
 _MAGIC = {b"%PDF-": "a PDF", b"PK\x03\x04": "a ZIP archive (docx, xlsx, epub, ...)", b"{\\rtf": "an RTF file"}
@@ -151,13 +154,18 @@ def _is_utf8(head: bytes, *, whole: bool) -> bool:
 
 def _detect(head: bytes, name: str) -> str:
     high = len(head) - len(head.translate(None, _HIGH))
-    if high < _WESTERN_SHARE * len(head):
+    letters = len(head) - len(head.translate(None, string.ascii_letters.encode())) if high < _FEW else 0
+    if high < max(_WESTERN_SHARE * len(head), letters):
         try:
             head.decode("cp1252")
         except UnicodeDecodeError:
             pass
         else:
             return "cp1252"
+    if high < _FEW:
+        raise DataError(
+            "has too little text to tell its encoding; save it as UTF-8, or name its --encoding", where=name
+        )
     try:
         from charset_normalizer import from_bytes
     except ImportError as error:
