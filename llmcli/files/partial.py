@@ -31,7 +31,7 @@ class PartialFile:
 
     def _open(self) -> BinaryIO:
         make_folders(self.path.parent)
-        file = open(self.path, "a+b", buffering=1 << 20)
+        file = open(self.path, "a+b", buffering=1 << 20)  # noqa: SIM115 -- closed by close()
         self._file = file
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -90,6 +90,7 @@ def embed_into(
     with contextlib.ExitStack() as stack:
         said = stack.enter_context(staged_file(beside, overwrite=overwrite)) if beside is not None else None
         sink = stack.enter_context(_sink(place, embedder, stack, overwrite=overwrite))
+        yield Progress("texts", 0, None, "texts")  # the first window may take long
         for record in embedder.embed(texts, sink.kept):
             sink.write(count, record)
             count += 1
