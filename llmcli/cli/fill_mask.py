@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import click
@@ -43,6 +42,8 @@ def fill_mask(texts: tuple[str, ...], model: str, fill_mask_config: FillMaskConf
 
 
 def _lines() -> Iterator[str]:
-    for line in sys.stdin:
-        if line.strip():
-            yield line.rstrip("\n")
+    from llmcli.data.text_rows import read_lines
+
+    for row in read_lines("-"):
+        if row.text.strip():
+            yield row.text
