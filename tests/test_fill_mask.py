@@ -6,15 +6,18 @@ import json
 import shutil
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from click.testing import CliRunner
 from small_encoder import make_encoder, save_theirs, write_byte_level, write_wordpiece
 
 from llmcli.cli.fill_mask import fill_mask as command
-from llmcli.config import FillMaskConfig
+from llmcli.config import ExportConfig, FillMaskConfig
 from llmcli.data.tokenizer import load_tokenizer
 from llmcli.errors import DataError
+from llmcli.operations.classify import classify
+from llmcli.operations.export import export
 from llmcli.operations.fill_mask import MaskFiller, fill_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,6 +54,31 @@ def test_a_text_is_filled_as_among_others(bert: Path) -> None:
             abs(one.probability - other.probability) < 1e-5
             for one, other in zip(alone.candidates, record.candidates, strict=True)
         )
+
+
+def test_an_exported_encoder_fills_as_the_model_does(bert: Path, tmp_path: Path) -> None:
+    list(export(bert, tmp_path / "graph", ExportConfig(precision="fp32", threads=1)))
+    texts = [TEXT, "a [MASK]"]
+    config = FillMaskConfig(top=97, threads=1)
+    for mine, theirs in zip(fill_mask(tmp_path / "graph", texts, config), fill_mask(bert, texts, config), strict=True):
+        found = {each.id: each.probability for each in mine.candidates}
+        assert found == pytest.approx({each.id: each.probability for each in theirs.candidates}, abs=1e-5)
+    list(export(bert, tmp_path / "headless", ExportConfig(precision="fp32", threads=1, head="base")))
+    with pytest.raises(DataError, match="headless: has no masked-language-model head"):
+        fill_mask(tmp_path / "headless", TEXT).__next__()
+    with pytest.raises(DataError, match="headless: has no sequence-classification head"):
+        next(classify(tmp_path / "headless", TEXT))
+
+
+def test_piped_lines_are_read_in_the_encoding_that_their_bytes_tell(bert: Path, tmp_path: Path) -> None:
+    piped = tmp_path / "piped.txt"
+    for content in ("Paris\u00a0is [MASK]\n\n".encode("utf-16"), "Paris\u00a0is [MASK]\r\n".encode()):
+        piped.write_bytes(content)
+        run = forked.run("fill-mask", "-m", bert, "--json", "--threads", 1, cwd=tmp_path, stdin=str(piped))
+        assert [json.loads(line)["text"] for line in run.stdout.splitlines()] == ["Paris\u00a0is [MASK]"]
+    piped.write_bytes(b"\x00\xff\x9f [MASK]\n")
+    run = forked.run("fill-mask", "-m", bert, "--threads", 1, cwd=tmp_path, stdin=str(piped), code=2)
+    assert run.stderr.startswith("Error: <stdin>: looks binary")
 
 
 def test_the_text_is_shown_with_the_candidate_in_its_place(bert: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from small_run import fingerprint
 from small_tuning import go, make_encoder, questions, reviews, tiny, until_step
 
 from llmcli.cli.answer import answer as command
-from llmcli.config import AnswerConfig, AnswerTuneConfig, EvaluateConfig, LabelledConfig, LoraConfig
+from llmcli.config import AnswerConfig, AnswerTuneConfig, EvaluateConfig, ExportConfig, LabelledConfig, LoraConfig
 from llmcli.data.framed import fitted
 from llmcli.data.span_windows import best_span, best_threshold, place_of, span_windows
 from llmcli.data.tokenizer import load_tokenizer
@@ -26,6 +26,7 @@ from llmcli.operations.answer_span import SpanAnswerer
 from llmcli.operations.classify import classify
 from llmcli.operations.evaluate import evaluate
 from llmcli.operations.evaluate_labelled import TaskReport
+from llmcli.operations.export import export
 from llmcli.operations.finetune import plan_finetuning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -224,6 +225,26 @@ def test_a_long_text_is_read_in_windows_and_an_evaluation_agrees(spans: Path, tm
     assert isinstance(report, TaskReport)
     assert report.metrics["f1"] > 0.9
     assert set(report.metrics) >= {"has_answer_f1", "no_answer_f1"}
+
+
+def test_an_exported_encoder_answers_as_the_model_does(spans: Path, tmp_path: Path) -> None:
+    list(export(spans, tmp_path / "graph", ExportConfig(precision="fp32", threads=1)))
+    for text in (*texts_of(spans)[:3], "the thing 5 is red. " * 8 + "the sea is blue. "):
+        mine = answer(tmp_path / "graph", text, COLOUR, AnswerConfig(threads=1))
+        other = answer(spans, text, COLOUR, AnswerConfig(threads=1))
+        assert (mine.answer, mine.start, mine.end, mine.windows) == (
+            other.answer,
+            other.start,
+            other.end,
+            other.windows,
+        )
+        assert mine.probability == pytest.approx(other.probability, abs=1e-4)
+    data = [str(spans.with_name("questions.json"))]
+    config = EvaluateConfig(task="answer", threads=1)
+    first, second = ([*evaluate(model, data, config)][-1] for model in (spans, tmp_path / "graph"))
+    assert isinstance(first, TaskReport)
+    assert isinstance(second, TaskReport)
+    assert first.metrics == second.metrics
 
 
 def test_the_command_gives_the_place_or_says_no_answer(spans: Path, tmp_path: Path) -> None:

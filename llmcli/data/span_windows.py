@@ -10,6 +10,7 @@ one's, and "no answer" is the span of the first token of all, [CLS].
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from llmcli.errors import DataError
 
 Array = npt.NDArray[np.floating[Any]]
 FEWEST = 8  # tokens of the text in a window
+THRESHOLD = "no_answer_threshold"  # in config.json; null: there is always an answer
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -129,3 +131,15 @@ def best_threshold(doubts: Array, answered: Array, silent: Array) -> float:
     if best == len(order):
         return float(sorted_doubts[-1]) + 1.0
     return float(sorted_doubts[best - 1] + sorted_doubts[best]) / 2
+
+
+def believed(spans: Sequence[Span]) -> tuple[Span, float]:
+    """The best span of a text's windows, and how far "no answer" scores above it, by the window least for that."""
+    best = max(spans, key=lambda span: span.score)
+    return best, min(span.null for span in spans) - best.score
+
+
+def threshold_of(values: Mapping[str, Any]) -> float | None:
+    """The threshold that a config.json names; None: there is always an answer. Where it names none, 0."""
+    found = values.get(THRESHOLD, 0.0)
+    return float(found) if isinstance(found, int | float) else None

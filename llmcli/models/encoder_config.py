@@ -73,6 +73,11 @@ _BERT_NAMES = {
     "activation": "hidden_act",
 }
 _DISTIL_EPS = 1e-12  # not in its config
+CALLED = {  # the heads, in the field's words
+    "masked": "masked-language-model head",
+    "classifier": "sequence-classification head",
+    "span": "question-answering head",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from llmcli.files.artefacts import read_json
 from llmcli.files.safetensors_header import TensorEntry
 from llmcli.files.tensors import load_weights, save_weights, tensors_of
 from llmcli.models.encoder import Encoder
-from llmcli.models.encoder_config import EncoderConfig, kind_of_head, read_encoder_config, write_encoder_config
+from llmcli.models.encoder_config import CALLED, EncoderConfig, kind_of_head, read_encoder_config, write_encoder_config
 from llmcli.models.encoder_heads import EncoderClassifier, MaskedLM, SpanReader, build_encoder
 from llmcli.models.ops import PackedLinear
 
@@ -35,11 +35,6 @@ _HEADS = {
     "masked": ("cls.", "lm_head.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector."),
     "classifier": ("classifier.", "pre_classifier."),
     "span": ("qa_outputs.",),
-}
-_CALLED = {
-    "masked": "masked-language-model head",
-    "classifier": "sequence-classification head",
-    "span": "question-answering head",
 }
 _MATRICES = ("cls.predictions.decoder", "lm_head.decoder", "vocab_projector")  # tied to the token embedding
 
@@ -73,7 +68,7 @@ def encoder_problems(
     """What is wrong with a checkpoint's tensors for a kind of head, a line each."""
     named = encoder_names(config, found)
     if kind != "base" and not any(name.startswith(_HEADS[kind]) for name in named):
-        return [f"has no {_CALLED[kind]}: there is no weight of {' or '.join(_expected_head(config, kind))}"]
+        return [f"has no {CALLED[kind]}: there is no weight of {' or '.join(_expected_head(config, kind))}"]
     expected = _shapes(config, named, kind, labels)
     problems = [f"{name}: missing" for name in expected if name not in named]
     for name, entry in named.items():

@@ -20,7 +20,7 @@ from llmcli.data.stop_strings import StopStrings
 from llmcli.data.task_prompts import ANSWER_STOP, NO_ANSWER, answer_parts, said_answer
 from llmcli.data.tokenizer import TextTokenizer
 from llmcli.errors import DataError, UsageError
-from llmcli.files.artefacts import Model, find_model, is_onnx, read_json
+from llmcli.files.artefacts import Model, find_model, read_json
 from llmcli.models.encoder_config import is_encoder
 from llmcli.operations.generate import Generator, Prompt, Sample, open_generator
 from llmcli.runtime.decoding import STOP, Row, Token
@@ -60,7 +60,7 @@ def answer(
     configs.check(config)
     _refuse_empty(context, question)
     place = find_model(model)
-    if not is_onnx(place.folder) and is_encoder(read_json(place.folder / "config.json")):
+    if is_encoder(read_json(place.folder / "config.json")):
         from llmcli.operations.answer_span import SpanAnswerer
 
         (found,) = SpanAnswerer(place, config).answers([(context, question, None)])

@@ -7,24 +7,25 @@ Invariant: a question's answer does not depend on the questions beside it, but f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-
-import numpy as np
-import torch
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
 
 from llmcli.config import AnswerConfig
-from llmcli.data.cores import available_cores
-from llmcli.data.span_windows import FEWEST, Span, best_span, span_windows
+from llmcli.data.span_windows import (
+    FEWEST,
+    Array,
+    Span,
+    SpanWindow,
+    believed,
+    best_span,
+    span_windows,
+    threshold_of,
+)
 from llmcli.data.tokenizer import load_tokenizer
-from llmcli.errors import DataError
-from llmcli.files.artefacts import ModelPlace, read_json, refuse_adapter
-from llmcli.models.encoder_folder import CONFIG, load_encoder
-from llmcli.models.text_model import most_tokens
-from llmcli.operations.task_span import believed, in_windows, threshold_of
-from llmcli.runtime.torch_session import working_device
-from llmcli.training.packing import in_turn, pack
+from llmcli.errors import DataError, UsageError
+from llmcli.files.artefacts import ModelPlace, is_onnx, read_json, refuse_adapter
 
-_TOKENS = 4096  # of a batch
 _AHEAD = 64  # questions whose windows are sorted together
 
 
@@ -40,19 +41,25 @@ class SpanAnswer:
     doubt: float  # how far "no answer" scores above the best span
 
 
+class SpanScorer(Protocol):
+    """What scores the tokens of windows as an answer's first and last one: a model in torch, or a graph."""
+
+    longest: int  # tokens of a window at most
+
+    def scores(self, windows: Sequence[SpanWindow]) -> list[tuple[Array, Array]]:
+        """Of each window (starts, ends): (tokens,) each; what stands behind the window's own tokens is not read."""
+        ...
+
+
 class SpanAnswerer:
     """An encoder with a head for spans, and its tokenizer."""
 
     def __init__(self, place: ModelPlace, config: AnswerConfig = AnswerConfig()) -> None:  # noqa: B008  (frozen)
         refuse_adapter(place)
         self.tokenizer = load_tokenizer(place.texts)
-        device = working_device(config.device)
-        torch.set_num_threads(config.threads or available_cores())
-        self.model = load_encoder(
-            place.folder, device, torch.bfloat16 if device == "cuda" else torch.float32, kind="span"
-        )
+        self.scorer = _opened(place, config)
         self.config = config
-        self.threshold = threshold_of(read_json(place.folder / CONFIG))
+        self.threshold = threshold_of(read_json(place.folder / "config.json"))
         if config.no_answer_threshold is not None:
             self.threshold = config.no_answer_threshold
 
@@ -66,9 +73,8 @@ class SpanAnswerer:
                 held = []
         yield from self._answered(held)
 
-    @torch.inference_mode()
     def _answered(self, asked: list[tuple[str, str, str | None]]) -> list[SpanAnswer]:
-        longest = most_tokens(self.model.config)
+        longest = self.scorer.longest
         rows = []  # (number of the question, window)
         for number, (text, question, where) in enumerate(asked):
             if not text.strip():
@@ -78,28 +84,9 @@ class SpanAnswerer:
                 (number, window) for window in span_windows(self.tokenizer, question, text, longest, shared, where)
             ]
         found: list[list[Span]] = [[] for _ in asked]
-        batches = in_turn(
-            range(len(rows)),
-            lambda numbers: (
-                pack(
-                    [rows[at][1].ids for at in numbers],
-                    [np.array([0]) for _ in numbers],
-                    types=[rows[at][1].types for at in numbers],
-                ),
-                torch.tensor(numbers),
-            ),
-            length=lambda at: len(rows[at][1].ids),
-            tokens=_TOKENS,
-        )
-        spans: dict[int, Span] = {}
-        for packed, numbers in batches:
-            logits = in_windows(self.model, packed.to(self.model.embedding.device)).cpu().numpy()
-            for at, scores in zip(numbers.tolist(), logits, strict=True):
-                number, window = rows[at]
-                text = asked[number][0]
-                spans[at] = best_span(window, scores[:, 0], scores[:, 1], self.config.max_new_tokens, text)
-        for at in range(len(rows)):
-            found[rows[at][0]].append(spans[at])
+        scored = self.scorer.scores([window for _, window in rows])
+        for (number, window), (starts, ends) in zip(rows, scored, strict=True):
+            found[number].append(best_span(window, starts, ends, self.config.max_new_tokens, asked[number][0]))
         return [self._record(text, windows) for (text, _, _), windows in zip(asked, found, strict=True)]
 
     def _record(self, text: str, windows: list[Span]) -> SpanAnswer:
@@ -109,3 +96,16 @@ class SpanAnswerer:
             return SpanAnswer(None, None, None, silent, len(windows), doubt)
         said = text[best.begin : best.end]
         return SpanAnswer(said, best.begin, best.end, best.probability, len(windows), doubt)
+
+
+def _opened(place: ModelPlace, config: AnswerConfig) -> SpanScorer:
+    """The encoder, on the engine that its files ask for."""
+    if not is_onnx(place.folder):
+        from llmcli.operations.span_scores import TorchSpanScorer
+
+        return TorchSpanScorer(place.folder, device=config.device, threads=config.threads)
+    from llmcli.operations.graph_scores import GraphSpanScorer
+
+    if config.device in ("cuda", "mps"):
+        raise UsageError("exported encoders run on the CPU; give the model that was exported", where="--device")
+    return GraphSpanScorer(Path(place.folder), threads=config.threads)

@@ -42,7 +42,7 @@ class EvaluatedModel:
     @property
     def is_encoder(self) -> bool:
         """Whether it reads texts and writes none."""
-        return not self.is_onnx and is_encoder(read_json(self.place.folder / "config.json"))
+        return is_encoder(read_json(self.place.folder / "config.json"))
 
     @functools.cached_property
     def session(self) -> Session:

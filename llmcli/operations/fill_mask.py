@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from llmcli import settings as configs
 from llmcli.config_generation import FillMaskConfig
-from llmcli.data.cores import available_cores
 from llmcli.data.tokenizer import load_tokenizer
 from llmcli.errors import DataError, UsageError
-from llmcli.files.artefacts import Model, find_model, read_json
+from llmcli.files.artefacts import Model, ModelPlace, find_model, is_onnx, read_json
 from llmcli.models.encoder_config import is_encoder
-from llmcli.models.encoder_folder import load_encoder
-from llmcli.runtime.torch_session import working_device
-from llmcli.training.packing import pack
+from llmcli.runtime.session import Logits
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,6 +42,16 @@ class Filled:
     candidates: tuple[Candidate, ...]
 
 
+class MaskScorer(Protocol):
+    """What scores the tokens for a place of a text: a model in torch, or a graph."""
+
+    longest: int  # tokens of a text at most
+
+    def scores(self, texts: Sequence[npt.NDArray[np.integer[Any]]], places: Sequence[int]) -> Logits:
+        """Of the token at a place of each text: (texts, vocabulary)."""
+        ...
+
+
 class MaskFiller:
     """An encoder with its masked-language-model head and its tokenizer."""
 
@@ -59,11 +68,7 @@ class MaskFiller:
         if self.tokenizer.mask_id is None:
             raise DataError("the tokenizer has no mask token", where=self.tokenizer.files.where)
         self.mask_id, self.mask = self.tokenizer.mask_id, self.tokenizer.token(self.tokenizer.mask_id)
-        device = working_device(config.device)
-        torch.set_num_threads(config.threads or available_cores())
-        self.model = load_encoder(
-            place.folder, device, torch.bfloat16 if device == "cuda" else torch.float32, kind="masked"
-        )
+        self.scorer = _opened(place, config)
         self.config = config
 
     def fill(self, texts: Iterable[str]) -> Iterator[Filled]:
@@ -83,21 +88,19 @@ class MaskFiller:
         if masks != 1:
             told = f"has {masks} mask tokens" if masks else "has no mask token"
             raise DataError(f"the text {text!r:.120} {told}; write {self.mask} once, for what is missing")
-        longest = self.model.config.longest
+        longest = self.scorer.longest
         if len(ids) > longest:
             raise DataError(f"the text {text!r:.120} has {len(ids):,} tokens, the model has positions for {longest:,}")
         return ids
 
-    @torch.inference_mode()
     def _filled(self, texts: Sequence[tuple[str, np.ndarray]]) -> Iterator[Filled]:
-        packed = pack([ids for _, ids in texts], [np.flatnonzero(ids == self.mask_id) for _, ids in texts])
-        packed = packed.to(self.model.embedding.device)
-        states = self.model.hidden(packed.ids, segments=packed.segments)[0].index_select(0, packed.chosen)
-        probabilities = self.model.logits(states).float().softmax(-1)[:, : self.tokenizer.vocab_size]
-        best = probabilities.topk(min(self.config.top, probabilities.size(1)))
-        for (text, _), ids, shares in zip(texts, best.indices.tolist(), best.values.tolist(), strict=True):
-            found = zip(ids, shares, strict=True)
-            yield Filled(text, tuple(self._candidate(text, identity, share) for identity, share in found))
+        places = [int(np.flatnonzero(ids == self.mask_id)[0]) for _, ids in texts]
+        scores = self.scorer.scores([ids for _, ids in texts], places).astype(np.float64)
+        odds = np.exp(scores - scores.max(-1, keepdims=True))
+        probabilities = (odds / odds.sum(-1, keepdims=True))[:, : self.tokenizer.vocab_size]
+        for (text, _), shares in zip(texts, probabilities, strict=True):
+            best = np.argsort(-shares, kind="stable")[: self.config.top].tolist()
+            yield Filled(text, tuple(self._candidate(text, identity, float(shares[identity])) for identity in best))
 
     def _candidate(self, text: str, identity: int, probability: float) -> Candidate:
         before, _, after = text.partition(self.mask)
@@ -110,6 +113,19 @@ class MaskFiller:
             shown = self.tokenizer.token_text(identity)
             filled = (before.rstrip() + shown + after).lstrip()
         return Candidate(shown.strip() or shown, identity, probability, filled)
+
+
+def _opened(place: ModelPlace, config: FillMaskConfig) -> MaskScorer:
+    """The encoder, on the engine that its files ask for."""
+    if not is_onnx(place.folder):
+        from llmcli.operations.mask_scores import TorchMaskScorer
+
+        return TorchMaskScorer(place.folder, device=config.device, threads=config.threads)
+    from llmcli.operations.graph_scores import GraphMaskScorer
+
+    if config.device in ("cuda", "mps"):
+        raise UsageError("exported encoders run on the CPU; give the model that was exported", where="--device")
+    return GraphMaskScorer(Path(place.folder), threads=config.threads)
 
 
 def fill_mask(

@@ -10,7 +10,7 @@ be is found on what is held out, for the best F1, and kept in config.json.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,16 @@ from torch import Tensor
 
 from llmcli.config_finetune import AnswerTuneConfig
 from llmcli.data.examples import AnswerExample, Example
-from llmcli.data.span_windows import Span, SpanWindow, best_span, best_threshold, place_of, span_windows
+from llmcli.data.span_windows import (
+    THRESHOLD,
+    Span,
+    SpanWindow,
+    believed,
+    best_span,
+    best_threshold,
+    place_of,
+    span_windows,
+)
 from llmcli.data.tokenizer import TextTokenizer
 from llmcli.models.encoder import Encoder
 from llmcli.models.encoder_heads import SpanReader, with_head
@@ -30,8 +39,6 @@ from llmcli.operations.task_prompted import of_another_task
 from llmcli.operations.tasks import Row
 from llmcli.training.loop import Validation
 from llmcli.training.packing import Packed, pack
-
-THRESHOLD = "no_answer_threshold"  # in config.json; null: there is always an answer
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -173,15 +180,3 @@ def in_windows(model: TextModel, packed: Packed) -> Tensor:
     rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     whole = scores.new_full((len(lengths), int(lengths.max()), 2), -torch.inf)
     return whole.index_put((rows, packed.segments.positions[0]), scores)
-
-
-def believed(spans: Sequence[Span]) -> tuple[Span, float]:
-    """The best span of a text's windows, and how far "no answer" scores above it, by the window least for that."""
-    best = max(spans, key=lambda span: span.score)
-    return best, min(span.null for span in spans) - best.score
-
-
-def threshold_of(values: Mapping[str, Any]) -> float | None:
-    """The threshold that a config.json names; None: there is always an answer. Where it names none, 0."""
-    found = values.get(THRESHOLD, 0.0)
-    return float(found) if isinstance(found, int | float) else None
