@@ -81,7 +81,7 @@ def embed(
     embedder = Embedder(model, embed_config)
     if attentions is not None:
         tokens = write_attentions(embedder, texts[0], attentions, overwrite=overwrite)
-        notice(f"{attentions}: attention of {len(tokens):,} tokens (layer, head, query, key)")
+        notice(f"{attentions}: attention of {counted(len(tokens), 'token')} (layer, head, query, key)")
     notice(embedder.described)
     left_out = 0
     if output is None:
