@@ -23,7 +23,11 @@ class EmbedConfig:
         group="Vectors",
         metavar="N|last|all",
     )
-    normalize: bool | None = setting(None, "Vectors of length 1 (default: as the model has it).", group="Vectors")
+    normalize: bool | None = setting(
+        None,
+        "Vectors of length 1 (default: as the model has it; hidden states of tokens as they are).",
+        group="Vectors",
+    )
     dimensions: int | None = setting(
         None, "Keep the first so many, for models that are trained for it.", group="Vectors", metavar="N", minimum=1
     )

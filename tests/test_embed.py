@@ -99,6 +99,9 @@ def test_what_the_folder_says_of_pooling_is_done(model: Path, tmp_path: Path) ->
         vectors(model, ["the sea"], pooling="last", normalize=True),
         atol=1e-6,
     )
+    hidden = {"prompt_name": "plain", "pooling": "none"}  # states of tokens are not normalized unasked
+    assert np.array_equal(vectors(place, ["the sea"], **hidden), vectors(model, ["the sea"], pooling="none"))
+    assert np.allclose(np.linalg.norm(vectors(place, ["the sea"], **hidden, normalize=True), axis=-1), 1, atol=1e-6)
     with pytest.raises(DataError, match=r"tokens, the model reads 8;"):
         vectors(place, [TEXTS[2]])
     with pytest.raises(UsageError, match="it has: query, plain"):

@@ -227,7 +227,8 @@ def finished(vectors: Floats, facts: VectorFacts) -> Floats:
 def _settled(model: VectorModel, own: Pooling, config: EmbedConfig, purposes: Sequence[str]) -> VectorFacts:
     """What is made of the model's own ways and the settings. Raises UsageError for what does not fit."""
     mode = config.pooling or own.mode
-    normalize = own.normalize if config.normalize is None else config.normalize
+    as_own = own.normalize and mode != "none"  # what the model normalizes is a text's vector, not a token's state
+    normalize = as_own if config.normalize is None else config.normalize
     if mode == "cls" and model.causal:
         raise UsageError("does not fit a decoder, whose first token has seen nothing else", where="--pooling cls")
     if mode == "none" and config.chunk:
