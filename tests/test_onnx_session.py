@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from llmcli.models.decoder import Decoder
 from llmcli.models.folder import load_config, save_model
 from llmcli.onnx.folder import write_graph
 from llmcli.onnx.quantize import Plan
-from llmcli.runtime.onnx_session import OnnxSession
+from llmcli.runtime.onnx_session import OnnxSession, Rows
 from llmcli.runtime.torch_session import TorchSession
 from llmcli.runtime.torch_session import open_session as open_torch
 
@@ -259,6 +260,50 @@ def test_a_long_prompt_in_pieces_gives_what_it_gives_whole(
     # DynamicQuantizeMatMul has one scale for all tokens of a run.
     assert np.abs(pieces - whole).max() < (0.1 if plan == "int8" else 2e-3 if plan == "fp16" else 1e-5)
     assert ours.feed(np.array([ids_of(30, 1)]), 20).shape == (1, 20, 97)
+
+
+@pytest.mark.parametrize(("before", "inside"), [(None, "1"), ("0", "0")])
+def test_attention_is_computed_whole_unless_the_environment_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None, inside: str
+) -> None:
+    import onnxruntime
+
+    seen: list[str | None] = []
+    name = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    opened = onnxruntime.InferenceSession
+
+    def noted(*given: Any) -> Any:
+        seen.append(os.environ.get(name))
+        return opened(*given)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", noted)
+    folder = make_onnx(make_model(tmp_path / "model"))
+    OnnxSession(folder, threads=1)
+    assert seen == [inside]
+    assert os.environ.get(name) == before
+    (folder / "model.onnx.data").write_bytes(b"")
+    with pytest.raises(DataError):
+        OnnxSession(folder, threads=1)
+    assert os.environ.get(name) == before
+
+
+def test_chunks_shrink_where_a_row_is_long_and_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = OnnxSession(make_onnx(make_model(tmp_path / "model")), threads=1)
+    whole = ours.start([ids_of(50)])
+    monkeypatch.setattr("llmcli.runtime.onnx_session._SCORES", 1)
+    runs: list[int] = []
+    run = Rows._run
+
+    def noted(rows: Rows, engine: Any, first: int, ids: Any, keep: int) -> Any:
+        runs.append(ids.shape[1])
+        return run(rows, engine, first, ids, keep)
+
+    monkeypatch.setattr(Rows, "_run", noted)
+    assert np.abs(ours.start([ids_of(50)]) - whole).max() < 1e-5
+    assert runs == [16, 16, 16, 2]
 
 
 # ----------------------------------------------------------------------------------------------------------------

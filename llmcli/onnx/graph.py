@@ -183,6 +183,10 @@ class Graph:
         codes, scales, zeros = (self._constants[f"{stem}.{part}"] for part in ("int8", "scale", "zero"))
         return codes, scales, zeros
 
+    def shares_inputs(self, matrix: Matrix) -> bool:
+        """Whether `products` quantizes what this matrix is multiplied with once for it and its neighbours."""
+        return self.plan.parts(matrix.name, matrix.shape)[-1][1].kind == CHANNELS
+
     def products(self, x: ir.Value, wanted: Sequence[tuple[Matrix, Array | None, str]], name: str) -> list[ir.Value]:
         """x W^T + bias for several matrices, their biases and names: x is quantized once for all that take it so.
 
@@ -191,7 +195,7 @@ class Graph:
         taken: list[ir.Value] = []
         found = []
         for matrix, bias, label in wanted:
-            if self.plan.parts(matrix.name, matrix.shape)[-1][1].kind != CHANNELS:
+            if not self.shares_inputs(matrix):
                 found.append(self.linear(x, matrix, bias, label))
                 continue
             if not taken:

@@ -126,6 +126,10 @@ class Matrix:
         first, second = self.parts[0].shape
         return (second, first) if self.transposed else (sum(part.shape[0] for part in self.parts), second)
 
+    def apart(self, *names: str) -> tuple[Matrix, ...]:
+        """Its stored tensors, each as a matrix of its own."""
+        return tuple(Matrix(name, (part,)) for name, part in zip(names, self.parts, strict=True))
+
     def rows(self, first: int, last: int) -> Array:
         """Some of its rows, as float32, contiguous."""
         if self.transposed:

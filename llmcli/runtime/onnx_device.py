@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from llmcli.errors import UsageError
 from llmcli.runtime.session import States
 
 CUDA = "CUDAExecutionProvider"
+TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # onnxruntime's own switch, which its sessions cannot set
 
 
 class HostCache:
@@ -121,3 +123,19 @@ def check_device(engine: Any, device: str) -> None:
             "no working cuda device was found: onnxruntime's CUDA provider does not load; see llmcli doctor",
             where="--device",
         )
+
+
+@contextlib.contextmanager
+def attention_whole() -> Iterator[None]:
+    """Graphs opened meanwhile compute attention's scores whole and not in tiles: on a CPU half the time of a prompt's.
+
+    onnxruntime reads the environment as it opens a graph. What a user has set there stays.
+    """
+    if TILES in os.environ:
+        yield
+        return
+    os.environ[TILES] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(TILES, None)

@@ -19,7 +19,7 @@ from llmcli.data.cores import available_cores
 from llmcli.errors import DataError, UsageError
 from llmcli.files.artefacts import GRAPH, PREFILL
 from llmcli.files.onnx_header import EXPECTED, read_onnx
-from llmcli.runtime.onnx_device import DeviceCache, HostCache, check_device, check_graph, providers
+from llmcli.runtime.onnx_device import DeviceCache, HostCache, attention_whole, check_device, check_graph, providers
 from llmcli.runtime.portable_rows import PortableRows
 from llmcli.runtime.session import FLOAT_ERROR, HALF_ERROR, QUANTIZED_ERROR, Ids, Logits, Mask, States
 
@@ -29,6 +29,7 @@ CONTEXT, ROWS, TARGET, PRECISION = "llmcli.context", "llmcli.rows", "llmcli.targ
 LABELS = "llmcli.labels"
 _SCORED = 1 << 23  # logits that scoring holds at once
 _CHUNK = 256  # tokens of a row that one run takes: attention holds heads x chunk x capacity numbers
+_SCORES = 1 << 20  # chunk x capacity where chunks become smaller
 _PROMPT = 16  # tokens from which a second graph reads them; fewer may be a draft, which must come out as it would alone
 _SPIN = "50"  # microseconds
 _HEADROOM = 64  # entries beyond the prompt that the cache begins with
@@ -213,7 +214,8 @@ def open_graph(graph: Path, threads: int | None, device: str) -> Any:
     # longer, as on a busy machine they take the cores from whom they wait for (docs/log.md).
     options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN)
     try:
-        engine = onnxruntime.InferenceSession(str(graph), options, wanted)
+        with attention_whole():
+            engine = onnxruntime.InferenceSession(str(graph), options, wanted)
     except Exception as error:  # the library raises its own kinds
         raise DataError(f"cannot be opened: {' '.join(str(error).split())[:300]}", where=str(graph)) from error
     check_device(engine, device)
@@ -320,8 +322,9 @@ class Rows:
         """Appends tokens (n,) to one row; logits of the last `keep`: (keep, V). There must be room."""
         found: list[Logits] = []
         engine = self.engines.prompt if len(ids) >= _PROMPT else self.engines.step
-        for begin in range(0, len(ids), _CHUNK):
-            piece = ids[begin : begin + _CHUNK]
+        chunk = min(_CHUNK, max(_PROMPT, _SCORES // self.capacity))
+        for begin in range(0, len(ids), chunk):
+            piece = ids[begin : begin + chunk]
             kept = keep - (len(ids) - begin - len(piece))  # how many of this piece's are wanted
             logits = self._run(engine, row, piece[None], max(kept, 1))[0]
             if kept > 0:
