@@ -184,7 +184,8 @@ class DecoderGraph:
             matrices = layer.gate_up.apart(f"{layer.name}.mlp.gate_proj", f"{layer.name}.mlp.up_proj")
             biases = (None, None) if layer.gate_up_bias is None else np.split(layer.gate_up_bias, 2)
             labels = (f"{name}.gate", f"{name}.up")
-            inner = self._gated(*graph.products(x, list(zip(matrices, biases, labels, strict=True)), name), name)
+            gate, up = graph.products(x, list(zip(matrices, biases, labels, strict=True)), name)
+            inner = self._gated(gate, up, name)
         else:
             inner = self._activated(graph.linear(x, layer.gate_up, layer.gate_up_bias, f"{name}.gate_up"), name)
         return graph.linear(inner, layer.down, layer.down_bias, f"{name}.down")
