@@ -262,12 +262,13 @@ def test_a_long_prompt_in_pieces_gives_what_it_gives_whole(
     assert ours.feed(np.array([ids_of(30, 1)]), 20).shape == (1, 20, 97)
 
 
-@pytest.mark.parametrize(("before", "inside"), [(None, "1"), ("0", "0")])
+@pytest.mark.parametrize(("before", "small", "inside"), [(None, 0, "1"), ("0", 0, "0"), (None, 1 << 20, None)])
 def test_attention_is_computed_whole_unless_the_environment_says_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None, inside: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None, small: int, inside: str | None
 ) -> None:
     import onnxruntime
 
+    monkeypatch.setattr("llmcli.runtime.onnx_device.SMALL", small)
     seen: list[str | None] = []
     name = "ORT_GQA_DISABLE_FLASH_ATTENTION"
     monkeypatch.delenv(name, raising=False)

@@ -11,16 +11,21 @@ import importlib
 import io
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llmcli.errors import UsageError
+from llmcli.files.artefacts import GRAPH
 from llmcli.runtime.session import States
 
 CUDA = "CUDAExecutionProvider"
 TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # onnxruntime's own switch, which its sessions cannot set
+# Bytes of weights below which tiles stay: prompts take no time there, and stories260K, whose texts in int8 hang on near
+# ties of a few thousandths, tells them with tiles (docs/log.md).
+SMALL = 4 << 20
 
 
 class HostCache:
@@ -126,12 +131,13 @@ def check_device(engine: Any, device: str) -> None:
 
 
 @contextlib.contextmanager
-def attention_whole() -> Iterator[None]:
-    """Graphs opened meanwhile compute attention's scores whole and not in tiles: on a CPU half the time of a prompt's.
+def attention_whole(graph: Path) -> Iterator[None]:
+    """A graph opened meanwhile computes attention's scores whole, not in tiles: half the time of a prompt's on a CPU.
 
     onnxruntime reads the environment as it opens a graph. What a user has set there stays.
     """
-    if TILES in os.environ:
+    data = graph.with_name(f"{GRAPH}.data")  # a second graph has the same
+    if TILES in os.environ or (data.is_file() and data.stat().st_size < SMALL):
         yield
         return
     os.environ[TILES] = "1"
