@@ -264,6 +264,12 @@ def test_interrupted_lines_of_something_else_are_refused_and_stay(model: Path, t
         list(embed_file(model, bad[:-1], out, EmbedConfig(normalize=True)))
     assert kept.read_bytes() == before
     assert not out.exists()
+    (tmp_path / "in.txt").write_text("".join(f"{text}\n" for text in bad[:-1]))
+    run = ("embed", "-m", model, "--input", "in.txt", "-o", "v.jsonl", "--normalize", "--threads", 1)
+    told = forked.run(*run, cwd=tmp_path, code=2).stderr
+    assert "by another model or other settings" in told
+    assert "the same command goes on" not in told
+    (tmp_path / "in.txt").unlink()
     list(embed_file(model, TEXTS, out, EmbedConfig(normalize=True), overwrite=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v.json", "v.jsonl"]
 

@@ -108,8 +108,9 @@ def _file(records: Any, output: str, *, overwrite: bool) -> int:
                     report = record
                 else:
                     show(record)
-    except BaseException:
-        for kept in [] if overwrite else partial_files(Path(output)):
+    except BaseException as error:  # Ctrl-C too
+        refused = overwrite or isinstance(error, UsageError)  # what stands there is not of this call
+        for kept in [] if refused else partial_files(Path(output)):
             notice(f"{kept}: holds the vectors so far; the same command goes on there")
         raise
     if is_json():
