@@ -8,6 +8,7 @@ Invariant: entry j of a row's cache holds its position j, and the row's mask is 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,7 +215,7 @@ def open_graph(graph: Path, threads: int | None, device: str) -> Any:
     # longer, as on a busy machine they take the cores from whom they wait for (docs/log.md).
     options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN)
     try:
-        with attention_whole(graph):
+        with attention_whole(graph) if device == "cpu" else contextlib.nullcontext():
             engine = onnxruntime.InferenceSession(str(graph), options, wanted)
     except Exception as error:  # the library raises its own kinds
         raise DataError(f"cannot be opened: {' '.join(str(error).split())[:300]}", where=str(graph)) from error
