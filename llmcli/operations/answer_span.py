@@ -23,7 +23,7 @@ from llmcli.data.span_windows import (
     threshold_of,
 )
 from llmcli.data.tokenizer import load_tokenizer
-from llmcli.errors import DataError, UsageError
+from llmcli.errors import DataError
 from llmcli.files.artefacts import ModelPlace, is_onnx, read_json, refuse_adapter
 
 _AHEAD = 64  # questions whose windows are sorted together
@@ -106,6 +106,4 @@ def _opened(place: ModelPlace, config: AnswerConfig) -> SpanScorer:
         return TorchSpanScorer(place.folder, device=config.device, threads=config.threads)
     from llmcli.operations.graph_scores import GraphSpanScorer
 
-    if config.device in ("cuda", "mps"):
-        raise UsageError("exported encoders run on the CPU; give the model that was exported", where="--device")
-    return GraphSpanScorer(Path(place.folder), threads=config.threads)
+    return GraphSpanScorer(Path(place.folder), device=config.device, threads=config.threads)

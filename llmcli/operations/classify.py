@@ -142,14 +142,12 @@ def _opened(place: ModelPlace, values: dict[str, Any], config: ClassifyConfig) -
         if is_encoder(values):
             return EncoderScorer(place, device=config.device, threads=config.threads)
         return TorchClassifier(place, device=config.device, threads=config.threads)
-    if config.device == "mps":
-        raise UsageError("ONNX folders run on cpu or cuda; mps needs the model that was exported", where="--device")
     if is_encoder(values):
         from llmcli.operations.graph_scores import GraphEncoderScorer
 
-        if config.device == "cuda":
-            raise UsageError("exported encoders run on the CPU; give the model that was exported", where="--device")
-        return GraphEncoderScorer(Path(place.folder), threads=config.threads)
+        return GraphEncoderScorer(Path(place.folder), device=config.device, threads=config.threads)
+    if config.device == "mps":
+        raise UsageError("ONNX folders run on cpu or cuda; mps needs the model that was exported", where="--device")
     if not is_classifier(values):
         raise DataError("is no classifier, but a model that writes", where=str(place.folder))
     from llmcli.runtime.onnx_classifier import OnnxClassifier

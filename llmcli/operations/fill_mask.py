@@ -123,9 +123,7 @@ def _opened(place: ModelPlace, config: FillMaskConfig) -> MaskScorer:
         return TorchMaskScorer(place.folder, device=config.device, threads=config.threads)
     from llmcli.operations.graph_scores import GraphMaskScorer
 
-    if config.device in ("cuda", "mps"):
-        raise UsageError("exported encoders run on the CPU; give the model that was exported", where="--device")
-    return GraphMaskScorer(Path(place.folder), threads=config.threads)
+    return GraphMaskScorer(Path(place.folder), device=config.device, threads=config.threads)
 
 
 def fill_mask(

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from llmcli.data.framed import FramedEncoding
 from llmcli.data.span_windows import Array, SpanWindow
-from llmcli.errors import DataError
+from llmcli.errors import DataError, UsageError
 from llmcli.files.artefacts import read_json
 from llmcli.models.encoder_config import CALLED
 from llmcli.models.labels import labels_of
@@ -25,8 +25,8 @@ from llmcli.runtime.session import Logits
 class GraphEncoderScorer:
     """An exported encoder with a head for labels. Raises DataError for one that has none."""
 
-    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
-        self._session = _opened(folder, "classifier", threads)
+    def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None) -> None:
+        self._session = _opened(folder, "classifier", device, threads)
         said = folder / "config.json"
         values = read_json(said)
         self.context, self.labels = self._session.facts.context, self._session.size_of("logits")
@@ -42,8 +42,8 @@ class GraphEncoderScorer:
 class GraphSpanScorer:
     """An exported encoder with a head for spans. Raises DataError for one that has none."""
 
-    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
-        self._session = _opened(folder, "span", threads)
+    def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None) -> None:
+        self._session = _opened(folder, "span", device, threads)
         self.longest = self._session.facts.context
 
     def scores(self, windows: Sequence[SpanWindow]) -> list[tuple[Array, Array]]:
@@ -56,8 +56,8 @@ class GraphSpanScorer:
 class GraphMaskScorer:
     """An exported encoder with a masked-language-model head. Raises DataError for one that has none."""
 
-    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
-        self._session = _opened(folder, "masked", threads)
+    def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None) -> None:
+        self._session = _opened(folder, "masked", device, threads)
         self.longest = self._session.facts.context
 
     def scores(self, texts: Sequence[npt.NDArray[np.integer[Any]]], places: Sequence[int]) -> Logits:
@@ -67,7 +67,9 @@ class GraphMaskScorer:
         return found
 
 
-def _opened(folder: Path, kind: str, threads: int | None) -> EncoderSession:
+def _opened(folder: Path, kind: str, device: str, threads: int | None) -> EncoderSession:
+    if device in ("cuda", "mps"):
+        raise UsageError("exported encoders run on the CPU; give the model that was exported", where="--device")
     session = EncoderSession(folder, threads=threads)
     if session.facts.kind != kind:
         session.close()
