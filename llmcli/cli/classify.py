@@ -38,9 +38,14 @@ def classify(
         raise UsageError("texts come from --input or as arguments, not both")
     if source is None and not texts and not piped:
         raise UsageError("give texts to classify, pipe them in, or name a file: --input FILE")
+    from llmcli.data.text_rows import piped_texts
     from llmcli.operations.classify import classify as run
 
-    given = _rows(source, text_field) if source is not None else iter(texts) if texts not in ((), ("-",)) else _lines()
+    given = iter(texts)
+    if source is not None:
+        given = _rows(source, text_field)
+    elif texts in ((), ("-",)):
+        given = piped_texts()
     cut = 0
     for record in run(model, given, classify_config):
         cut += record.cut
@@ -53,14 +58,6 @@ def classify(
             write_out(f"{label or '-'}\t{record.probability:.4f}\t{' '.join(record.text.split())}\n")
     if cut:
         notice(f"{counted(cut, 'text')} longer than the model's context; the end was not read")
-
-
-def _lines() -> Iterator[str]:
-    from llmcli.data.text_rows import read_lines
-
-    for row in read_lines("-"):
-        if row.text.strip():
-            yield row.text
 
 
 def _rows(source: str, field: str) -> Iterator[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import click
 
 from llmcli.cli.options import GroupedCommand, is_json, settings, shared_options
@@ -30,20 +28,13 @@ def fill_mask(texts: tuple[str, ...], model: str, fill_mask_config: FillMaskConf
     """
     if not texts and not stdin_is_piped():
         raise UsageError("give texts with a mask, or pipe them in")
+    from llmcli.data.text_rows import piped_texts
     from llmcli.operations.fill_mask import fill_mask as run
 
-    for record in run(model, iter(texts) if texts not in ((), ("-",)) else _lines(), fill_mask_config):
+    for record in run(model, iter(texts) if texts not in ((), ("-",)) else piped_texts(), fill_mask_config):
         if is_json():
             write_json(record)
             continue
         for each in record.candidates:
             token, text = (" ".join(part.split()) or repr(part) for part in (each.token, each.text))
             write_out(f"{each.probability:.4f}\t{token}\t{text}\n")
-
-
-def _lines() -> Iterator[str]:
-    from llmcli.data.text_rows import read_lines
-
-    for row in read_lines("-"):
-        if row.text.strip():
-            yield row.text

@@ -51,6 +51,11 @@ def read_lines(path: str) -> Iterator[TextRow]:
     return (row for source in sources for row in _lines(dataclasses.replace(source, format="text"), ""))
 
 
+def piped_texts() -> Iterator[str]:
+    """The lines of stdin that are not blank, read as files are."""
+    return (row.text for row in read_lines("-") if row.text.strip())
+
+
 def _lines(source: Source, field: str) -> Iterator[TextRow]:
     stream, _ = open_source(source)
     number = found = 0
