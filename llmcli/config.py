@@ -337,7 +337,7 @@ class GenerateConfig:
     batch_size: int = setting(8, "Rows at once.", group="Machine", minimum=1, maximum=4096)
     fast: bool = setting(
         False,
-        "Let the rows of an int8 batch, and guesses, share a run where rounding shows: a text then depends on them.",
+        "Let guesses share a run with their text where rounding shows: it may then differ.",
         group="Machine",
     )
     device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))

@@ -19,9 +19,6 @@ class BenchConfig:
     rounds: int = setting(
         5, "Of each measurement; one more goes first.", group="Measurement", minimum=1, maximum=10_000
     )
-    fast: bool = setting(
-        False, "Let the rows of an int8 batch share their scales, as `generate --fast` does.", group="Measurement"
-    )
     device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
     quantize: str | None = setting(
         None, "Round the weights as they are read (not of ONNX folders).", group="Machine", choices=("int8", "int4")

@@ -30,7 +30,9 @@ class ChatConfig:
         minimum=0,
         maximum=2**63 - 1,
     )
-    fast: bool = setting(False, "Let guesses share a run with their text where rounding shows.", group="Machine")
+    fast: bool = setting(
+        False, "Let guesses share a run with their text where rounding shows: it may then differ.", group="Machine"
+    )
     device: str = setting("auto", "Where to run.", group="Machine", choices=("auto", "cpu", "cuda", "mps"))
     quantize: str | None = setting(
         None, "Round the weights as they are read (not of ONNX folders).", group="Machine", choices=("int8", "int4")

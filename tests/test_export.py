@@ -25,7 +25,7 @@ from test_onnx_session import make_model as make_bare
 from llmcli.config import ExportConfig, GenerateConfig, SamplingConfig
 from llmcli.errors import CheckError, ConfigError, DataError
 from llmcli.models.folder import load_config, load_model
-from llmcli.operations.export import ExportReport, export, settle
+from llmcli.operations.export import ExportReport, export, plan_of, settle
 from llmcli.operations.generate import Generated, generate
 from llmcli.operations.inspect import describe
 from llmcli.operations.verify import verify
@@ -517,6 +517,10 @@ def test_int8_that_costs_too_much_keeps_the_sensitive_products_in_blocks(
     tmp_path: Path, model: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kinds = {}
+    monkeypatch.setattr(
+        "llmcli.operations.export.plan_of",
+        lambda config, **more: dataclasses.replace(plan_of(config, **more), few=0),
+    )
     for little in (100.0, -100.0):
         monkeypatch.setattr("llmcli.operations.export._LITTLE", little)
         report = run(model, tmp_path / str(little), precision="int8", calibration=text)

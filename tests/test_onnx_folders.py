@@ -68,7 +68,7 @@ def test_a_second_graph_is_described_too(llmcli: Run, folder: Path) -> None:
     facts = json.loads(llmcli("info", folder, "--json").stdout)
     assert facts["kind"] == "onnx"
     assert facts["operators"]["MatMulNBits"] > 4
-    assert facts["prefill_operators"]["DynamicQuantizeMatMul"] > 4
+    assert facts["prefill_operators"]["MatMulIntegerToFloat"] > 4
     assert facts["size_bytes"] == sum((folder / name).stat().st_size for name in FILES)
     shown = llmcli("info", folder).stdout
     assert "prefill operators\n" in shown

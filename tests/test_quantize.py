@@ -104,10 +104,12 @@ def test_one_place_decides_and_exceptions_are_by_name() -> None:
     assert plan.scheme("b", (8, 96)) == Scheme(BLOCKS, 4, 32)
     assert plan.scheme("b", (8, 50)) == Scheme(BLOCKS, 4, 32)
     assert plan.scheme("e", (8, 50), "embedding").kind == "float"  # gathering knows full blocks alone
-    assert Plan("int8").scheme("b", (8, 64)) == Scheme("channels", 8)
+    assert Plan("int8").scheme("b", (512, 64)) == Scheme("channels", 8)
+    assert Plan("int8").scheme("b", (511, 64)) == Scheme(BLOCKS, 8, 64)  # too small to pay for its scales
     assert Plan("int8").scheme("h", (8, 64), "head") == Scheme(BLOCKS, 8, 64)
-    assert not Plan("int8").rows_are_independent
-    assert Plan("int8", weight_only=True).rows_are_independent
+    assert Plan("int8").rows_are_independent
+    assert not Plan("int8", activations="tensor").rows_are_independent
+    assert Plan("int8", activations="tensor", weight_only=True).rows_are_independent
     with pytest.raises(ConfigError, match=r"blocks of 128 do not divide the 96 inputs of b; take auto or 32"):
         Plan("int4", block_size=128).scheme("b", (8, 96))
 

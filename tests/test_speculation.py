@@ -514,12 +514,17 @@ def test_a_trained_model_tells_its_stories(tmp_path: Path) -> None:
 
 
 def test_a_folder_whose_runs_share_a_scale_is_refused_unless_told_otherwise(small: Path) -> None:
-    session = OnnxSession(onnx_of(small, "coupled", precision="int8"), threads=1)
-    with pytest.raises(UsageError, match="--quantizer weight-only, or allow it: --fast"):
+    session = OnnxSession(onnx_of(small, "coupled", precision="int8", activations="tensor", few=0), threads=1)
+    with pytest.raises(UsageError, match="export the model anew, or allow it: --fast"):
         open_speculation(LOOKUP, session, None)
     assert open_speculation(LOOKUP, session, None, fast=True) is not None
     assert open_speculation(SpeculationConfig(), session, None) is None
-    for plan in ({"precision": "int8", "weight_only": True}, {"precision": "int4"}, {"precision": "fp16"}):
+    for plan in (
+        {"precision": "int8", "few": 0},
+        {"precision": "int8", "weight_only": True},
+        {"precision": "int4"},
+        {"precision": "fp16"},
+    ):
         session = OnnxSession(onnx_of(small, f"onnx-{'-'.join(map(str, plan.values()))}", **plan), threads=1)
         assert open_speculation(LOOKUP, session, None) is not None
 

@@ -23,10 +23,10 @@ MICROSOFT = "com.microsoft"
 BITS = {1: 32, 2: 8, 3: 8, 6: 32, 7: 64, 10: 16, 16: 16, 21: 4}
 NAMES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16", 16: "bfloat16", 21: "uint4"}
 _STANDARD = """
-    Add And ArgMax Attention Cast Concat CumSum DequantizeLinear Div DynamicQuantizeLinear Equal Expand Gather GatherND
-    Gelu Greater LayerNormalization Less LessOrEqual MatMul Max Min Mul Neg Or RMSNormalization Range ReduceL2 ReduceMax
-    ReduceSum Relu Reshape RotaryEmbedding Shape Sigmoid SimplifiedLayerNormalization Slice Split Squeeze Sub Sum Tanh
-    Transpose Unsqueeze Where
+    Abs Add And ArgMax Attention Cast Concat CumSum DequantizeLinear Div DynamicQuantizeLinear Equal Expand Gather
+    GatherND Gelu Greater LayerNormalization Less LessOrEqual MatMul Max Min Mul Neg Or QuantizeLinear RMSNormalization
+    Range ReduceL2 ReduceMax ReduceSum Relu Reshape RotaryEmbedding Shape Sigmoid SimplifiedLayerNormalization Slice
+    Split Squeeze Sub Sum Tanh Transpose Unsqueeze Where
 """
 _OF_ONNXRUNTIME = """
     DynamicQuantizeMatMul FastGelu FusedMatMul GatherBlockQuantized GroupQueryAttention MatMulIntegerToFloat MatMulNBits

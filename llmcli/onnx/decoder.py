@@ -179,15 +179,22 @@ class DecoderGraph:
 
     def _mlp(self, x: ir.Value, layer: LayerWeights) -> ir.Value:
         graph, name = self.graph, f"{layer.name}.feed_forward"
-        if len(layer.gate_up.parts) == 2 and graph.shares_inputs(layer.gate_up):
-            # Two products of one quantization: nothing is to be split, and less lies between product and activation.
-            matrices = layer.gate_up.apart(f"{layer.name}.mlp.gate_proj", f"{layer.name}.mlp.up_proj")
-            biases = (None, None) if layer.gate_up_bias is None else np.split(layer.gate_up_bias, 2)
-            labels = (f"{name}.gate", f"{name}.up")
-            gate, up = graph.products(x, list(zip(matrices, biases, labels, strict=True)), name)
-            inner = self._gated(gate, up, name)
-        else:
-            inner = self._activated(graph.linear(x, layer.gate_up, layer.gate_up_bias, f"{name}.gate_up"), name)
+        if len(layer.gate_up.parts) == 2 and layer.gate_up_bias is None and graph.takes_rows(layer.gate_up):
+            return self._gated_rows(x, layer, name)
+        inner = self._activated(graph.linear(x, layer.gate_up, layer.gate_up_bias, f"{name}.gate_up"), name)
+        return graph.linear(inner, layer.down, layer.down_bias, f"{name}.down")
+
+    def _gated_rows(self, x: ir.Value, layer: LayerWeights, name: str) -> ir.Value:
+        """Two products of one quantization: nothing is to be split, and the rows' scales of `up` wait for `down`'s."""
+        graph = self.graph
+        gate, up = layer.gate_up.apart(f"{layer.name}.mlp.gate_proj", f"{layer.name}.mlp.up_proj")
+        rows = graph.rows(x, gate.shape[1], f"{name}.gate_up")
+        scaled = graph.row_product(rows, gate, None, f"{name}.gate")
+        inner = self._gated(scaled, graph.unscaled(rows, up, f"{name}.up"), name)
+        if graph.takes_rows(layer.down):
+            inners = graph.rows(inner, layer.down.shape[1], f"{name}.down", rows.scales)
+            return graph.row_product(inners, layer.down, layer.down_bias, f"{name}.down")
+        inner = graph.op("Mul", [inner, rows.scales], f"{name}.scaled")
         return graph.linear(inner, layer.down, layer.down_bias, f"{name}.down")
 
     def _activated(self, inner: ir.Value, name: str) -> ir.Value:

@@ -95,7 +95,7 @@ def _prefill_plan(plan: Plan, weights: ModelWeights) -> Plan:
     kept = {weights.embedding.name: plan.scheme(weights.embedding.name, weights.embedding.shape, "embedding")}
     if not weights.config.tie_word_embeddings:
         kept[weights.head.name] = plan.scheme(weights.head.name, weights.head.shape, "head")
-    return Plan(precision="int8", quantizer=plan.quantizer, schemes=kept, common=plan.common)
+    return Plan(precision="int8", quantizer=plan.quantizer, schemes=kept, common=plan.common, few=0)
 
 
 def _write(model: ir.Model, path: Path) -> None:

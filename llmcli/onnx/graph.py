@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +23,17 @@ _QUANTIZED_AT_ONCE = 1 << 26  # elements of a matrix that a quantizer gets at on
 _ACCURACY = 4  # activations are quantized to int8, row by row and block by block
 
 
+_LEVELS = 127  # codes of a row reach so far on either side of ...
+_MIDDLE = 128  # ... this one, which stands for 0
+
 Parts = Sequence[tuple[int, Scheme]]  # of a matrix: how many rows, and how they are held
+
+
+class Rows(NamedTuple):
+    """A value in int8 with a scale of its own for each row, so that no row depends on its neighbours."""
+
+    codes: ir.Value  # (..., inputs), uint8
+    scales: ir.Value  # (..., 1): what the products of the codes are multiplied with
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,6 +65,7 @@ class Graph:
         self._nodes: list[ir.Node] = []
         self._constants: dict[str, ir.Value] = {}
         self._widths: dict[str, ir.Value] = {}
+        self._middles: ir.Value | None = None  # zero points of rows
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         """A new input of the graph."""
@@ -142,11 +153,13 @@ class Graph:
         """x W^T + bias: (..., inputs) -> (..., outputs), with the operator that the plan says."""
         parts = self.plan.parts(matrix.name, matrix.shape, role)
         scheme = parts[-1][1]
+        if scheme.kind == CHANNELS and self.plan.activations == "row":
+            return self.row_product(self.rows(x, matrix.shape[1], name), matrix, bias, name)
         added = None if bias is None else self.vector(f"{name}.bias", bias)
         if scheme.kind == BLOCKS:
             return self._block_product(x, matrix, added, parts, name)
         if scheme.kind == CHANNELS:
-            return self._channel_product(x, matrix, added, name)
+            return self.products(x, [(matrix, bias, name)], name)[0]
         weight = self._streamed(f"{matrix.name}.weight", matrix)
         product = self.op("FusedMatMul", [x, weight], name, domain=MICROSOFT, transB=1)
         return product if added is None else self.op("Add", [product, added], f"{name}.sum")
@@ -168,10 +181,6 @@ class Graph:
             found.append(self.op("MatMulNBits", given, label, domain=MICROSOFT, **sizes, accuracy_level=_ACCURACY))
         return found[0] if len(found) == 1 else self.op("Concat", found, f"{name}.all", axis=-1)
 
-    def _channel_product(self, x: ir.Value, matrix: Matrix, bias: ir.Value | None, name: str) -> ir.Value:
-        given = [x, *self._channels(matrix), bias]
-        return self.op("DynamicQuantizeMatMul", given if bias else given[:-1], name, domain=MICROSOFT)
-
     def _channels(self, matrix: Matrix) -> tuple[ir.Value, ir.Value, ir.Value]:
         """int8 codes (inputs, outputs), a scale an output and zero points of a matrix, made once."""
         stem = f"{matrix.name}.weight"
@@ -183,14 +192,50 @@ class Graph:
         codes, scales, zeros = (self._constants[f"{stem}.{part}"] for part in ("int8", "scale", "zero"))
         return codes, scales, zeros
 
+    def takes_rows(self, matrix: Matrix) -> bool:
+        """Whether `linear` quantizes what this matrix is multiplied with row by row, once for the whole product."""
+        scheme = self.plan.parts(matrix.name, matrix.shape)[-1][1]
+        return scheme.kind == CHANNELS and self.plan.activations == "row"
+
+    def rows(self, x: ir.Value, inputs: int, name: str, times: ir.Value | None = None) -> Rows:
+        """x (B, T, inputs) in int8, row by row, as many steps on either side of 0.
+
+        `times`: (B, T, 1), what x is still to be multiplied with. A row of zeros has codes that mean nothing and a
+        scale of 0.
+        """
+        peaks = self.op("ReduceMax", [self.op("Abs", [x], f"{name}.sizes"), self.numbers(-1)], f"{name}.peaks")
+        step = self.constant("rows.step", np.array(1 / _LEVELS, np.float32))
+        scales = self.op("Mul", [peaks, step], f"{name}.steps")
+        if self._middles is None:
+            middle = self.constant("rows.middle", np.array(_MIDDLE, np.uint8))
+            shape = self.op("Shape", [scales], "rows.shape")  # (B, T, 1), the same for all products
+            self._middles = self.op("Expand", [middle, shape], "rows.middles")
+        codes = self.op("QuantizeLinear", [x, scales, self._middles], f"{name}.int8", axis=2, block_size=inputs)
+        return Rows(codes, scales if times is None else self.op("Mul", [scales, times], f"{name}.scales"))
+
+    def row_product(self, rows: Rows, matrix: Matrix, bias: Array | None, name: str) -> ir.Value:
+        """What `linear` gives, of rows that other products may use too. For a matrix that `takes_rows`."""
+        product = self.op("Mul", [self.unscaled(rows, matrix, f"{name}.codes"), rows.scales], name)
+        return product if bias is None else self.op("Add", [product, self.vector(f"{name}.bias", bias)], f"{name}.sum")
+
+    def unscaled(self, rows: Rows, matrix: Matrix, name: str) -> ir.Value:
+        """x W^T but for the scales of x's rows: what follows may take them along."""
+        unit, middle = self.constant("rows.unit", np.array(1, np.float32)), self._constants["rows.middle"]
+        weight, scale, zero = self._channels(matrix)
+        given = [rows.codes, weight, unit, scale, middle, zero]
+        return self.op("MatMulIntegerToFloat", given, name, domain=MICROSOFT)
+
     def shares_inputs(self, matrix: Matrix) -> bool:
-        """Whether `products` quantizes what this matrix is multiplied with once for it and its neighbours."""
+        """Whether `products` quantizes what this matrix is multiplied with once for it and its neighbours.
+
+        All rows together then, with one scale.
+        """
         return self.plan.parts(matrix.name, matrix.shape)[-1][1].kind == CHANNELS
 
     def products(self, x: ir.Value, wanted: Sequence[tuple[Matrix, Array | None, str]], name: str) -> list[ir.Value]:
         """x W^T + bias for several matrices, their biases and names: x is quantized once for all that take it so.
 
-        The same as `linear` computes; from a few rows up two nodes are faster than DynamicQuantizeMatMul (docs/log.md).
+        The same as `linear` computes where the plan has one scale for the whole tensor.
         """
         taken: list[ir.Value] = []
         found = []

@@ -1,7 +1,7 @@
 """Quantization: which product a matrix gets, and how its numbers become few bits.
 
 `Plan.scheme` is the one place that decides the kind of matrix product; a `Quantizer` decides the codes and scales.
-Formats: MatMulNBits and DynamicQuantizeMatMul of onnxruntime (docs/ContribOperators.md there).
+Formats: MatMulNBits and MatMulIntegerToFloat of onnxruntime (docs/ContribOperators.md there).
 
 Invariant: what a product computes with is `dequantized()`, whatever method chose the codes.
 """
@@ -65,7 +65,7 @@ class BlockQuantized:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChannelQuantized:
-    """A matrix of int8 with a scale an output, laid out as DynamicQuantizeMatMul takes it."""
+    """A matrix of int8 with a scale an output, laid out as MatMulIntegerToFloat takes it."""
 
     data: npt.NDArray[np.int8]  # (inputs, outputs)
     scales: Array  # (outputs,)
@@ -153,7 +153,7 @@ def _rounded(weight: Array, scheme: Scheme) -> tuple[Codes, Array]:
 
 
 def round_channels(weight: Array) -> ChannelQuantized:
-    """int8 with a scale an output, for DynamicQuantizeMatMul."""
+    """int8 with a scale an output."""
     scales = (np.abs(weight).max(1) / 127).astype(np.float32)
     scales[scales == 0] = 1
     codes = np.rint(weight / scales[:, None]).astype(np.int8)
@@ -180,6 +180,8 @@ class Plan:
     schemes: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
     in_blocks: tuple[str, ...] = ()  # ends of names: matrices whose activations int8 quantizes block by block too
     portable: bool = False  # standard operators alone, among which nothing quantizes activations for the product
+    activations: str = "row"  # of int8 with a scale an output: one scale for each "row", or one for the whole "tensor"
+    few: int = 1 << 15  # weights; below, the nodes around a product by channels take longer than it saves (docs/log.md)
     common: float = 0.0  # share of the ids, the lowest, whose rows of embedding and head int4 keeps in int8
 
     def parts(self, name: str, shape: tuple[int, int], role: str = "") -> tuple[tuple[int, Scheme], ...]:
@@ -193,9 +195,9 @@ class Plan:
     def scheme(self, name: str, shape: tuple[int, int], role: str = "") -> Scheme:
         """The kind of product of a matrix (outputs, inputs). `role`: "embedding" (tied to a head or not), "head" or "".
 
-        One row is bound by memory, whatever the operator; from four rows up DynamicQuantizeMatMul is the fastest by
-        far (docs/log.md), but it couples the rows of a run. An embedding is held in blocks, which gather too; a head's
-        errors reach the logits unsoftened, and it seldom sees more than one row.
+        One row is bound by memory, whatever the operator; from four rows up products of int8 by channels are the
+        fastest by far (docs/log.md). An embedding is held in blocks, which gather too; a head's errors reach the logits
+        unsoftened, and it seldom sees more than one row.
         """
         if self.precision in ("fp32", "fp16"):
             return Scheme(FLOAT, 32 if self.precision == "fp32" else 16)
@@ -206,7 +208,9 @@ class Plan:
         if role == "embedding":
             # GatherBlockQuantized knows no block that is not full.
             return Scheme(FLOAT) if shape[1] % block else Scheme(BLOCKS, bits, block)
-        if not self.rows_are_independent and role != "head" and not (self.in_blocks and name.endswith(self.in_blocks)):
+        by_channel = bits == 8 and not self.weight_only and not self.portable and role != "head"
+        by_channel = by_channel and shape[0] * shape[1] >= self.few
+        if by_channel and not (self.in_blocks and name.endswith(self.in_blocks)):
             return Scheme(CHANNELS, 8)
         return Scheme(BLOCKS, bits, block)
 
@@ -225,4 +229,4 @@ class Plan:
     @property
     def rows_are_independent(self) -> bool:
         """Whether a row of a run gives what it gives alone (but for rounding)."""
-        return self.precision != "int8" or self.weight_only or self.portable
+        return self.activations == "row" or self.precision != "int8" or self.weight_only or self.portable

@@ -78,9 +78,7 @@ def _measured(name: str, place: ModelPlace, config: BenchConfig, machine: float)
     folder = place.folder
     importlib.import_module("onnxruntime" if is_onnx(folder) else "llmcli.runtime.torch_session")
     before, began = _resident_bytes(), time.perf_counter()
-    session = open_session(
-        place, device=config.device, threads=config.threads, fast=config.fast, quantize=config.quantize
-    )
+    session = open_session(place, device=config.device, threads=config.threads, quantize=config.quantize)
     loaded = time.perf_counter()
     try:
         wanted = config.prompt_tokens + config.new_tokens

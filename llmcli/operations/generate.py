@@ -327,7 +327,7 @@ def open_generator(
     place = find_model(model)
     tokenizer = load_tokenizer(place.texts)
     draft = check_speculation(speculation, tokenizer)
-    session = open_session(place, device=device, threads=threads, fast=fast, quantize=quantize)
+    session = open_session(place, device=device, threads=threads, quantize=quantize)
     guessing = open_speculation(speculation, session, draft, device=device, threads=threads, fast=fast)
     return Generator(session, tokenizer, end_ids(place.texts), guessing)
 

@@ -44,8 +44,8 @@ def open_speculation(
         return None
     if session.run_error is None and not fast:
         raise UsageError(
-            "in this int8 folder the tokens of a run share a scale, so guesses would change the text; export with "
-            "--quantizer weight-only, or allow it: --fast",
+            "in this int8 folder the tokens of a run share a scale, so guesses would change the text; export the model "
+            "anew, or allow it: --fast",
             where="--lookup" if config.lookup else "--draft-model",
         )
     if draft is None:

@@ -11,21 +11,16 @@ import importlib
 import io
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llmcli.errors import UsageError
-from llmcli.files.artefacts import GRAPH
 from llmcli.runtime.session import States
 
 CUDA = "CUDAExecutionProvider"
 TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # onnxruntime's own switch, which its sessions cannot set
-# Bytes of weights below which tiles stay: prompts take no time there, and stories260K, whose texts in int8 hang on near
-# ties of a few thousandths, tells them with tiles (docs/log.md).
-SMALL = 4 << 20
 
 
 class HostCache:
@@ -131,13 +126,12 @@ def check_device(engine: Any, device: str) -> None:
 
 
 @contextlib.contextmanager
-def attention_whole(graph: Path) -> Iterator[None]:
+def attention_whole() -> Iterator[None]:
     """A graph opened meanwhile computes attention's scores whole, not in tiles: half the time of a prompt's on a CPU.
 
     onnxruntime reads the environment as it opens a graph. What a user has set there stays.
     """
-    data = graph.with_name(f"{GRAPH}.data")  # a second graph has the same
-    if TILES in os.environ or (data.is_file() and data.stat().st_size < SMALL):
+    if TILES in os.environ:
         yield
         return
     os.environ[TILES] = "1"

@@ -24,7 +24,8 @@ from llmcli.runtime.onnx_device import DeviceCache, HostCache, attention_whole, 
 from llmcli.runtime.portable_rows import PortableRows
 from llmcli.runtime.session import FLOAT_ERROR, HALF_ERROR, QUANTIZED_ERROR, Ids, Logits, Mask, States
 
-# Facts of the graph: its context; whether its rows are "independent"; whether it is "portable"; of a classifier, how
+# Facts of the graph: its context; whether its rows are "independent" (those of older folders in int8 share a scale, so
+# they run one by one); whether it is "portable"; of a classifier, how
 # many labels it has.
 CONTEXT, ROWS, TARGET, PRECISION = "llmcli.context", "llmcli.rows", "llmcli.target", "llmcli.precision"
 LABELS = "llmcli.labels"
@@ -45,14 +46,9 @@ class OnnxSession:
         *,
         threads: int | None = None,
         prefill: bool = True,
-        fast: bool = False,
         device: str = "cpu",
     ) -> None:
-        """Opens a folder. `prefill`: with its second graph for prompts, where it has one. `device`: cpu or cuda.
-
-        `fast`: rows whose products share a scale run together: much faster, but a row then depends on its neighbours.
-        """
-        self._fast = fast
+        """Opens a folder. `prefill`: with its second graph for prompts, where it has one. `device`: cpu or cuda."""
         facts = GraphFacts(folder / GRAPH)
         if device == "cuda":
             check_graph(facts.precision, str(folder))
@@ -98,7 +94,7 @@ class OnnxSession:
         count = ids.shape[1]
         self._check_room(max(self._rows.lengths) + count)
         self._rows.reserve(max(self._rows.lengths) + count)
-        if count == 1 and (self._shape.independent or self._fast or len(ids) == 1):
+        if count == 1 and (self._shape.independent or len(ids) == 1):
             return self._rows.step(ids)
         before = self.lengths
         try:
@@ -215,7 +211,7 @@ def open_graph(graph: Path, threads: int | None, device: str) -> Any:
     # longer, as on a busy machine they take the cores from whom they wait for (docs/log.md).
     options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN)
     try:
-        with attention_whole(graph) if device == "cpu" else contextlib.nullcontext():
+        with attention_whole() if device == "cpu" else contextlib.nullcontext():
             engine = onnxruntime.InferenceSession(str(graph), options, wanted)
     except Exception as error:  # the library raises its own kinds
         raise DataError(f"cannot be opened: {' '.join(str(error).split())[:300]}", where=str(graph)) from error

@@ -17,13 +17,11 @@ def open_session(
     *,
     device: str = "auto",
     threads: int | None = None,
-    fast: bool = False,
     quantize: str | None = None,
 ) -> Session:
     """Loads a model folder. `device`: auto, cpu, cuda or mps; one that does not work is an error, never another.
 
-    `fast`: rows of a batch may depend on each other, where that is faster (ONNX folders in int8). `quantize`: int8 or
-    int4, to which weights are rounded as they are read (folders of safetensors).
+    `quantize`: int8 or int4, to which weights are rounded as they are read (folders of safetensors).
     """
     found = folder if isinstance(folder, ModelPlace) else ModelPlace(Path(folder))
     place = found.folder
@@ -39,4 +37,4 @@ def open_session(
         raise UsageError("ONNX folders run on cpu or cuda; mps needs the model that was exported", where="--device")
     from llmcli.runtime.onnx_session import OnnxSession
 
-    return OnnxSession(place, threads=threads, fast=fast, device="cuda" if device == "cuda" else "cpu")
+    return OnnxSession(place, threads=threads, device="cuda" if device == "cuda" else "cpu")
