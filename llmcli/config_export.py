@@ -43,7 +43,12 @@ class ExportConfig:
         metavar="PATH",
     )
     prefill: str = setting(
-        "same", "int8: a second graph reads prompts faster, for more disk.", group="Export", choices=("same", "int8")
+        "auto",
+        "Of int4, how prompts are read: same: as single tokens; float: a second graph over the same weights leaves "
+        "activations unquantized, the faster way at widths up to about a thousand, for as much memory again; int8: a "
+        "second graph in int8, several times as fast, for more disk and memory; auto: float up to 400 M weights.",
+        group="Export",
+        choices=("auto", "same", "float", "int8"),
     )
     target: str = setting(
         "ort",

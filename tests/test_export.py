@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import ROOT, Run
@@ -29,6 +30,7 @@ from llmcli.operations.export import ExportReport, export, plan_of, settle
 from llmcli.operations.generate import Generated, generate
 from llmcli.operations.inspect import describe
 from llmcli.operations.verify import verify
+from llmcli.runtime import onnx_session
 from llmcli.runtime.onnx_session import OnnxSession
 
 FILES = ("config.json", "export.json", "genai_config.json", "generation_config.json", "manifest.json", "model.onnx")
@@ -80,7 +82,8 @@ def greedy(model: Path, prompt: str, tokens: int = 20) -> str:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_the_folder_is_whole_and_its_report_is_in_it(tmp_path: Path, model: Path, text: str, precision: str) -> None:
     report = run(model, tmp_path / "out", precision=precision, embedding="same", calibration=text)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == set(FILES)
+    files = {*FILES, "prefill.onnx"} if precision == "int4" else set(FILES)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files
     assert verify(tmp_path / "out", values=True).problems == ()
     written = json.loads((tmp_path / "out" / "export.json").read_text())
     assert written["checks"] == dataclasses.asdict(report.checks)  # type: ignore[arg-type]
@@ -265,6 +268,22 @@ def test_every_quantizer_makes_a_folder_that_passes_the_gate(
 )
 def test_auto_takes_the_best_quantizer_that_ends_in_minutes(settings: Any, weights: int, chosen: str) -> None:
     assert settle(ExportConfig(**settings), weights).quantizer == chosen
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights", "chosen"),
+    [
+        ({}, 15_000_000, "float"),
+        ({}, 1_100_000_000, "same"),
+        ({"target": "portable"}, 15_000_000, "same"),
+        ({"precision": "int8"}, 15_000_000, "same"),
+        ({"prefill": "int8"}, 15_000_000, "int8"),
+        ({"prefill": "float"}, 1_100_000_000, "float"),
+    ],
+)
+def test_small_models_read_prompts_with_a_graph_of_their_own(settings: Any, weights: int, chosen: str) -> None:
+    assert settle(ExportConfig(**settings), weights).prefill == chosen
+    assert settle(ExportConfig(), weights, labelled=True).prefill == "same"
 
 
 def test_better_quantizers_are_better_on_a_model_that_learned_something(stories: Path, tmp_path: Path) -> None:
@@ -496,8 +515,61 @@ def test_a_second_graph_reads_prompts_over_the_same_cache(tmp_path: Path, text: 
     # Few tokens, such as drafts, and scores are the first graph's alone.
     for call in (lambda s: s.start([ids[:9]]), lambda s: s.score(np.array([ids]), np.ones((1, 58), np.bool_))):
         assert np.array_equal(*(call(session) for session in sessions))
-    with pytest.raises(ConfigError, match="int4 and the target ort alone"):
-        run(source, tmp_path / "no", precision="int8", prefill="int8")
+    for prefill in ("int8", "float"):
+        with pytest.raises(ConfigError, match="int4 and the target ort alone"):
+            run(source, tmp_path / "no", precision="int8", prefill=prefill)
+
+
+def _products(graph: Path) -> list[Any]:
+    return [node for node in onnx.load(graph, load_external_data=False).graph.node if node.op_type == "MatMulNBits"]
+
+
+def _attribute(node: Any, name: str) -> Any:
+    return next(onnx.helper.get_attribute_value(each) for each in node.attribute if each.name == name)
+
+
+@pytest.mark.parametrize("quantizer", ["round", "sequential"])
+def test_prompts_with_unquantized_activations_take_no_more_disk(tmp_path: Path, text: str, quantizer: str) -> None:
+    source = make_model(tmp_path / "model")
+    made = {
+        prefill: run(
+            source, tmp_path / prefill, precision="int4", quantizer=quantizer, prefill=prefill, calibration=text
+        )
+        for prefill in ("same", "float")
+    }
+    data = [(tmp_path / prefill / "model.onnx.data").read_bytes() for prefill in made]
+    assert data[0] == data[1]
+    assert made["float"].bits_per_weight == made["same"].bits_per_weight
+    assert verify(tmp_path / "float", values=True).problems == ()
+    ids = list(range(1, 60))
+    same, floating = (OnnxSession(tmp_path / prefill, threads=1) for prefill in made)
+    assert 0 < np.abs(floating.start([ids]) - same.start([ids])).max() < 0.2  # logits of a spread of 2
+    levels = {
+        file: [_attribute(node, "accuracy_level") for node in _products(tmp_path / "float" / file)]
+        for file in ("model.onnx", "prefill.onnx")
+    }
+    assert set(levels["model.onnx"]) == {4}
+    # The head sees one row.
+    assert levels["prefill.onnx"].count(1) == len(levels["prefill.onnx"]) - (2 if quantizer == "sequential" else 1)
+    # Few tokens are read as they would be one by one.
+    assert np.array_equal(floating.start([ids[:40]]), same.start([ids[:40]]))
+
+
+def test_the_second_graph_is_opened_for_the_first_long_prompt(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(make_model(tmp_path / "model"), tmp_path / "out", precision="int4", calibration=text)
+    opened: list[str] = []
+    whole = onnx_session.open_graph
+    monkeypatch.setattr(
+        onnx_session, "open_graph", lambda graph, *more: opened.append(graph.name) or whole(graph, *more)
+    )
+    session = OnnxSession(tmp_path / "out", threads=1)
+    session.start([list(range(1, 48))])
+    assert opened == ["model.onnx"]
+    for _ in range(2):
+        session.start([list(range(1, 60))])
+    assert opened == ["model.onnx", "prefill.onnx"]
 
 
 def test_a_portable_folder_is_gated_and_generates(llmcli: Run, tmp_path: Path, model: Path, text: str) -> None:

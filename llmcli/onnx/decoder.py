@@ -22,6 +22,7 @@ from llmcli.onnx.graph import MICROSOFT, Graph
 from llmcli.onnx.weights import Array
 
 KEEP_ALL = 2**31
+_FLOAT_PROMPT = 48  # tokens from which unquantized activations pay (docs/log.md)
 
 
 def rope_tables(config: DecoderConfig) -> tuple[Array, Array]:
@@ -234,4 +235,5 @@ class DecoderGraph:
             "llmcli.precision": self.graph.plan.precision,
             "llmcli.rows": "independent" if self.graph.plan.rows_are_independent else "coupled",
             "llmcli.context": str(self.config.max_position_embeddings),
+            **({"llmcli.least": str(_FLOAT_PROMPT)} if self.graph.plan.float_prompts else {}),
         }

@@ -39,12 +39,12 @@ class GraphFigures:
 
 
 def write_graph(
-    source: Path, config: DecoderConfig, plan: Plan, folder: Path, *, prefill: bool = False, labels: int | None = None
+    source: Path, config: DecoderConfig, plan: Plan, folder: Path, *, prefill: str = "same", labels: int | None = None
 ) -> Iterator[int | GraphFigures]:
     """Writes the graph of the model in `source` into the staged `folder`.
 
-    `prefill`: with a second graph over the same cache and the same data, which reads prompts in int8. `labels`: of a
-    classifier. Yields the number of blocks that are done, last the figures.
+    `prefill`: "int8" or "float", with a second graph over the same cache and the same data, which reads prompts so.
+    `labels`: of a classifier. Yields the number of blocks that are done, last the figures.
     """
     weights = ModelWeights(config, Weights(source))
     with ExternalData(folder / f"{GRAPH}.data") as data:
@@ -52,8 +52,8 @@ def write_graph(
         decoder = _decoder(config, weights, graph, labels)
         yield from decoder.build()
         _write(decoder.finished(), folder / GRAPH)
-        second = Graph(_prefill_plan(plan, weights), data, graph)
-        if prefill:
+        second = Graph(_prefill_plan(plan, weights, prefill), data, graph)
+        if prefill != "same":
             decoder = DecoderGraph(config, weights, second)
             yield from decoder.build()
             _write(decoder.finished(), folder / PREFILL)
@@ -90,8 +90,10 @@ def _decoder(config: DecoderConfig, weights: ModelWeights, graph: Graph, labels:
     return (PortableDecoder if graph.plan.portable else DecoderGraph)(config, weights, graph)
 
 
-def _prefill_plan(plan: Plan, weights: ModelWeights) -> Plan:
-    """int8 as it reads fastest; embedding and head are those of the graph beside it."""
+def _prefill_plan(plan: Plan, weights: ModelWeights, prefill: str) -> Plan:
+    """Of the second graph; embedding and head are those of the graph beside it."""
+    if prefill == "float":
+        return dataclasses.replace(plan, float_prompts=True)
     kept = {weights.embedding.name: plan.scheme(weights.embedding.name, weights.embedding.shape, "embedding")}
     if not weights.config.tie_word_embeddings:
         kept[weights.head.name] = plan.scheme(weights.head.name, weights.head.shape, "head")

@@ -20,8 +20,8 @@ from llmcli.onnx.weights import Array, Matrix
 MICROSOFT = "com.microsoft"
 _INLINE = 16 << 10  # bytes; smaller constants stand in the graph itself
 _QUANTIZED_AT_ONCE = 1 << 26  # elements of a matrix that a quantizer gets at once
-_ACCURACY = 4  # activations are quantized to int8, row by row and block by block
-
+# What MatMulNBits computes with (its accuracy_level): activations in int8, row by row and block by block; in float32.
+_INT8, _FLOAT32 = 4, 1
 
 _LEVELS = 127  # codes of a row reach so far on either side of ...
 _MIDDLE = 128  # ... this one, which stands for 0
@@ -157,14 +157,18 @@ class Graph:
             return self.row_product(self.rows(x, matrix.shape[1], name), matrix, bias, name)
         added = None if bias is None else self.vector(f"{name}.bias", bias)
         if scheme.kind == BLOCKS:
-            return self._block_product(x, matrix, added, parts, name)
+            floating = self.plan.float_prompts and scheme.bits == 4 and not role  # a head sees one row
+            accuracy = _FLOAT32 if floating else _INT8
+            return self._block_product(x, matrix, added, parts, name, accuracy)
         if scheme.kind == CHANNELS:
             return self.products(x, [(matrix, bias, name)], name)[0]
         weight = self._streamed(f"{matrix.name}.weight", matrix)
         product = self.op("FusedMatMul", [x, weight], name, domain=MICROSOFT, transB=1)
         return product if added is None else self.op("Add", [product, added], f"{name}.sum")
 
-    def _block_product(self, x: ir.Value, matrix: Matrix, bias: ir.Value | None, parts: Parts, name: str) -> ir.Value:
+    def _block_product(
+        self, x: ir.Value, matrix: Matrix, bias: ir.Value | None, parts: Parts, name: str, accuracy: int
+    ) -> ir.Value:
         """A product for each part of the outputs; of several parts, the bias is none."""
         found = []
         for held in self._quantized(matrix, parts):
@@ -178,7 +182,7 @@ class Graph:
                 "block_size": held.scheme.block_size,
             }
             label = name if held.last else f"{name}.common"
-            found.append(self.op("MatMulNBits", given, label, domain=MICROSOFT, **sizes, accuracy_level=_ACCURACY))
+            found.append(self.op("MatMulNBits", given, label, domain=MICROSOFT, **sizes, accuracy_level=accuracy))
         return found[0] if len(found) == 1 else self.op("Concat", found, f"{name}.all", axis=-1)
 
     def _channels(self, matrix: Matrix) -> tuple[ir.Value, ir.Value, ir.Value]:

@@ -182,6 +182,7 @@ class Plan:
     portable: bool = False  # standard operators alone, among which nothing quantizes activations for the product
     activations: str = "row"  # of int8 with a scale an output: one scale for each "row", or one for the whole "tensor"
     few: int = 1 << 15  # weights; below, the nodes around a product by channels take longer than it saves (docs/log.md)
+    float_prompts: bool = False  # products in blocks leave activations as they are, which pays for many rows at once
     common: float = 0.0  # share of the ids, the lowest, whose rows of embedding and head int4 keeps in int8
 
     def parts(self, name: str, shape: tuple[int, int], role: str = "") -> tuple[tuple[int, Scheme], ...]:

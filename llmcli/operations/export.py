@@ -41,6 +41,7 @@ _CALIBRATED = 8192  # tokens
 _COMMON = 0.25
 # The products whose inputs reach furthest above the rest: in int8 with one scale for all of them these lose most.
 _SENSITIVE = ("mlp.down_proj", "mlp.c_proj")
+_SMALL = 400_000_000  # weights up to which prompts are worth as much memory again
 _PATIENCE = 100_000_000  # weights up to which int4 is searched for by itself: minutes, not hours
 # Percent of perplexity, or of a classifier's labels: int8 that costs more keeps the sensitive matrices in blocks.
 _LITTLE = 0.5
@@ -95,7 +96,7 @@ def export(
         raise DataError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {shape.vocab_size}", where=str(folder)
         )
-    config = settle(config, sum(math.prod(entry.shape) for entry in tensors_of(folder).values()))
+    config = settle(config, sum(math.prod(entry.shape) for entry in tensors_of(folder).values()), labels is not None)
     plan = plan_of(config, labelled=labels is not None)
     reference: ReferenceText | None = None
     if config.check or plan.quantizer.needs_moments or config.quantizer == "sequential":
@@ -149,7 +150,7 @@ def _exported(
     """
     folder, began = source.folder, time.perf_counter()
     with staged_folder(output, overwrite=overwrite) as staged:
-        figures = yield from _write(source, plan, staged, config.prefill == "int8")
+        figures = yield from _write(source, plan, staged, config.prefill)
         size, seconds = size_of(staged), prepared + time.perf_counter() - began
         _write_files(source, staged, genai=config.target == "ort" and source.labels is None)
         checks: CheckReport | ScoreReport | None = None
@@ -177,15 +178,21 @@ def _exported(
     return report
 
 
-def settle(config: ExportConfig, weights: int) -> ExportConfig:
-    """int4's `auto` quantizer by name: the better ones where their time is well spent. `weights`: their number."""
+def settle(config: ExportConfig, weights: int, labelled: bool = False) -> ExportConfig:
+    """What is `auto` by name. `weights`: their number; `labelled`: of a classifier.
+
+    int4's quantizer: the better ones where their time is well spent.
+    """
+    if config.prefill == "auto":
+        pays = (config.precision, config.target) == ("int4", "ort") and weights <= _SMALL and not labelled
+        config = dataclasses.replace(config, prefill="float" if pays else "same")
     if (config.precision, config.quantizer, config.target) != ("int4", "auto", "ort"):
         return config
     small = weights <= _PATIENCE
     if config.calibration is None:
         chosen = "search" if small else "round"
     else:
-        chosen = "sequential" if small and config.prefill == "same" else "calibrated"
+        chosen = "sequential" if small and config.prefill != "int8" else "calibrated"
     return dataclasses.replace(config, quantizer=chosen)
 
 
@@ -195,9 +202,9 @@ def plan_of(config: ExportConfig, *, labelled: bool = False) -> Plan:
     from llmcli.onnx.quantize import Plan
     from llmcli.onnx.quantizers import QUANTIZERS
 
-    if config.prefill == "int8" and (config.precision != "int4" or config.target != "ort"):
+    if config.prefill in ("float", "int8") and (config.precision != "int4" or config.target != "ort"):
         raise ConfigError("a second graph pays for int4 and the target ort alone", where="prefill")
-    if config.prefill == "int8" and labelled:
+    if config.prefill in ("float", "int8") and labelled:
         raise ConfigError("a classifier reads each text once, so a second graph is no use", where="prefill")
     if config.quantizer == "weight-only" and config.precision != "int8":
         raise ConfigError("is meant for int8: int4 leaves activations to each row anyway", where="quantizer")
@@ -215,6 +222,7 @@ def plan_of(config: ExportConfig, *, labelled: bool = False) -> Plan:
         weight_only=config.quantizer == "weight-only",
         portable=config.target == "portable",
         schemes=SCHEMES if labelled else {},
+        float_prompts=labelled,  # whose texts are read whole
         quantizer=QUANTIZERS[config.quantizer if config.quantizer in QUANTIZERS else "round"](),
     )
 
@@ -240,7 +248,7 @@ def _sequential(folder: Path, shape: DecoderConfig, text: ReferenceText, config:
     return Sequential(shape, ModelWeights(shape, Weights(folder)), windows, threads, LeastError(zero_points=True))
 
 
-def _write(source: _Source, plan: Plan, staged: Path, prefill: bool) -> Generator[Progress, None, GraphFigures]:
+def _write(source: _Source, plan: Plan, staged: Path, prefill: str) -> Generator[Progress, None, GraphFigures]:
     from llmcli.onnx.folder import GraphFigures, write_graph
 
     shape = source.shape

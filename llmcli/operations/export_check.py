@@ -70,7 +70,7 @@ def check_export(
 
     theirs: Session = open_session(source, device="cpu", threads=config.threads)
     ours: Session = OnnxSession(staged, threads=config.threads, prefill=False)
-    whole: Session = OnnxSession(staged, threads=config.threads) if config.prefill == "int8" else ours
+    whole: Session = OnnxSession(staged, threads=config.threads) if config.prefill in ("float", "int8") else ours
     try:
         windows = text.measured(int(min(max(_WORK / (2 * parameters), _TOKENS[0]), _TOKENS[1])))
         tally = _Tally()

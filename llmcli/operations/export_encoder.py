@@ -90,7 +90,7 @@ def _plans(config: ExportConfig) -> list[Plan]:
     """What each matrix becomes, and what it becomes where that is not close enough."""
     from llmcli.operations.export import plan_of
 
-    for name, only in (("precision", ("fp32", "int8", "int4")), ("prefill", ("same",)), ("target", ("ort",))):
+    for name, only in (("precision", ("fp32", "int8", "int4")), ("prefill", ("auto", "same")), ("target", ("ort",))):
         if getattr(config, name) not in only:
             raise ConfigError(f"of an encoder is one of {', '.join(only)}", where=name)
     if config.embedding == "mixed" or config.quantizer in ("calibrated", "sequential"):
@@ -99,7 +99,7 @@ def _plans(config: ExportConfig) -> list[Plan]:
         if getattr(config, name) is not None:
             raise ConfigError("is not what an encoder is measured by; give --min-cosine", where=name)
     # One scale for all rows: a seventh faster (docs/log.md), and close enough for vectors.
-    plan = dataclasses.replace(plan_of(config), activations="tensor")
+    plan = dataclasses.replace(plan_of(config), activations="tensor", float_prompts=True)
     if config.check and (config.precision, config.quantizer) == ("int8", "auto"):
         return [plan, dataclasses.replace(plan, weight_only=True)]
     return [plan]

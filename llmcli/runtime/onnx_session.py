@@ -9,9 +9,9 @@ Invariant: entry j of a row's cache holds its position j, and the row's mask is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from llmcli.runtime.session import FLOAT_ERROR, HALF_ERROR, QUANTIZED_ERROR, Ids
 # many labels it has.
 CONTEXT, ROWS, TARGET, PRECISION = "llmcli.context", "llmcli.rows", "llmcli.target", "llmcli.precision"
 LABELS = "llmcli.labels"
+LEAST = "llmcli.least"  # of a second graph: how many tokens a prompt must have for it
 _SCORED = 1 << 23  # logits that scoring holds at once
 _CHUNK = 256  # tokens of a row that one run takes: attention holds heads x chunk x capacity numbers
 _SCORES = 1 << 20  # chunk x capacity where chunks become smaller
@@ -54,12 +55,12 @@ class OnnxSession:
             check_graph(facts.precision, str(folder))
         engine = open_graph(folder / GRAPH, threads, device)
         self._shape = _GraphShape(engine, facts, device)
-        self._engines = _Engines(engine, engine)
+        self._engines = _Engines(engine)
         if prefill and (folder / PREFILL).is_file():
             second = GraphFacts(folder / PREFILL)
             if (second.layers, second.context) != (facts.layers, facts.context):
                 raise DataError(f"is of another model than {GRAPH}", where=str(folder / PREFILL))
-            self._engines = _Engines(engine, open_graph(folder / PREFILL, threads, device))
+            self._engines = _Engines(engine, second.least, lambda: open_graph(folder / PREFILL, threads, device))
         self.vocab_size, self.context = self._shape.vocab_size, self._shape.context
         error = QUANTIZED_ERROR if facts.quantized else FLOAT_ERROR if self._shape.dtype is np.float32 else HALF_ERROR
         self.run_error = error if facts.independent else None
@@ -162,7 +163,7 @@ class OnnxSession:
             places = np.flatnonzero(wanted[row])
             if not len(places):
                 continue
-            scratch = self._new_rows(1, int(places[-1]) + 1, _Engines(self._engines.step, self._engines.step))
+            scratch = self._new_rows(1, int(places[-1]) + 1, _Engines(self._engines.step))
             first = int(places[0])
             if first:
                 scratch.extend(0, ids[row, :first], 1)
@@ -191,11 +192,20 @@ def _log_probabilities(logits: Logits, targets: Ids) -> Logits:
     return found
 
 
-class _Engines(NamedTuple):
-    """The graph that decodes and the one that reads prompts; the same where there is one."""
+class _Engines:
+    """The graph that decodes, and the one that reads prompts of at least so many tokens, opened for the first one."""
 
-    step: Any
-    prompt: Any
+    def __init__(self, step: Any, least: int = _PROMPT, opened: Callable[[], Any] | None = None) -> None:
+        self.step, self._least, self._opened = step, least, opened
+        self._prompt: Any = None
+
+    def of(self, tokens: int) -> Any:
+        """The graph for a run of so many tokens."""
+        if self._opened is None or tokens < self._least:
+            return self.step
+        if self._prompt is None:
+            self._prompt = self._opened()
+        return self._prompt
 
 
 def open_graph(graph: Path, threads: int | None, device: str) -> Any:
@@ -242,6 +252,8 @@ class GraphFacts:
         context = header.metadata[CONTEXT]
         if not (context.isascii() and context.isdigit() and 0 < int(context) < 2**31):
             raise DataError(f"names {context[:40]!r} as its context", where=str(graph))
+        least = header.metadata.get(LEAST, "")
+        self.least = max(_PROMPT, int(least)) if least.isascii() and least.isdigit() and len(least) < 10 else _PROMPT
         self.context, self.independent = int(context), header.metadata[ROWS] == "independent"
         self.portable = header.metadata.get(TARGET) == "portable"
         self.quantized = any("NBits" in name or "Quantize" in name or "Integer" in name for name in header.operators)
@@ -318,7 +330,7 @@ class Rows:
     def extend(self, row: int, ids: Ids, keep: int) -> Logits:
         """Appends tokens (n,) to one row; logits of the last `keep`: (keep, V). There must be room."""
         found: list[Logits] = []
-        engine = self.engines.prompt if len(ids) >= _PROMPT else self.engines.step
+        engine = self.engines.of(len(ids))
         chunk = min(_CHUNK, max(_PROMPT, _SCORES // self.capacity))
         for begin in range(0, len(ids), chunk):
             piece = ids[begin : begin + chunk]
