@@ -73,7 +73,8 @@ class Blind:
     def level(self) -> int | None:
         return 0
 
-    def prepare(self) -> None: ...
+    def prepare(self) -> bool:
+        return False
 
     def guess(self, row: Row, count: int) -> list[int]:
         return [int(number) for number in self._random.integers(0, self._size, count)]
@@ -337,10 +338,16 @@ def test_a_real_model_draws_from_its_distribution(seven: tuple[Path, Path], name
 class Simulated:
     """A text that is made by a pace in simulated time: steps of 1, runs of `1 + extra + slope * guesses`."""
 
-    def __init__(self, right: float, extra: float, slope: float, seed: int = 0) -> None:
+    def __init__(self, right: float, extra: float, slope: float, seed: int = 0, reading: float = 0.0) -> None:
         self.pace, self.time, self.tokens, self.tried = Pace(), 0.0, 0, 0
+        self._reading = self._unread = reading  # what a drafter takes for a row, once it is asked
         self._right, self._extra, self._slope = right, extra, slope
         self._random = np.random.default_rng(seed)
+
+    def begin(self) -> None:
+        """Another row."""
+        self.pace.begin()
+        self._unread = self._reading
 
     def go_on(self, tokens: int, right: float | None = None) -> float:
         """Tokens a unit of time over so many more."""
@@ -353,6 +360,9 @@ class Simulated:
                 self.pace.step(noise)
                 self.time, self.tokens = self.time + noise, self.tokens + 1
                 continue
+            if self._unread:
+                self.pace.read(self._unread)
+                self.time, self._unread = self.time + self._unread, 0.0
             held = int((np.cumprod(self._random.random(count) < right)).sum())
             seconds = noise * (1 + self._extra + self._slope * count)
             self.pace.run(0, count, held, seconds)
@@ -387,6 +397,20 @@ def test_after_a_stretch_that_cannot_be_guessed_it_tries_again() -> None:
     assert tried < 40
     text.go_on(400, right=1.0)
     assert text.go_on(200, right=1.0) > 2
+
+
+def test_a_drafter_whose_reading_is_not_won_back_rests_for_more_and_more_rows() -> None:
+    """A draft model reads each prompt too, which is worth ten steps here."""
+    text, asked = Simulated(0.0, 0.2, 0.1, reading=10.0), []
+    for right in [0.0] * 60 + [1.0] * 40:
+        tried = text.tried
+        text.begin()
+        text.go_on(200, right)
+        asked.append(text.tried > tried)
+    places = np.flatnonzero(asked[:60])
+    assert list(np.diff(places))[:3] == [2, 4, 8]
+    assert len(places) < 8
+    assert all(asked[60 + 16 :])  # one row that wins is enough
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """How many tokens to guess: by what guesses turned out to be worth and what runs of the model cost, both measured.
 
 Invariant: what was lost by guessing, in steps of the model, never passes `_FREE` and `_SHARE` of the tokens made, but
-for the guess under way. So where nothing can be gained, little is lost.
+for the guess under way. So where nothing can be gained, little is lost. What a drafter takes to read a row comes on
+top; rows after one in which that was not won back go without guesses: one, then three, and so on up to `_RESTS`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import statistics
 LONGEST = 14  # guesses of a run; with the token before them fewer than a prompt, which a second graph may read
 LENGTHS = (1, 2, 3, 5, 7, 10, LONGEST)
 _FREE, _SHARE = 1.5, 0.015
+_RESTS = 16
 _GAIN = 1.04  # how much faster a run must promise to be
 _FIRST = 3  # steps whose cost is known before anything is guessed
 _STALE = 300  # runs after which a cost is no longer believed
@@ -48,16 +50,29 @@ class Pace:
         self._made = self._since = 0  # steps and runs; runs since the last step
         self._table: dict[int, float] = {}  # steps that runs cost, by their guesses; empty: to be computed
         self._balance = self._tokens = self._doubt = 0.0
+        self._read = 0.0  # steps that the drafter took to read this row
+        self._rests = self._resting = 0  # rows without guesses: after a loss, and still to come
 
     def begin(self) -> None:
         """Another row: its account is its own."""
-        self._balance = self._tokens = 0.0
+        if self._resting:
+            self._resting -= 1
+        elif self._read:
+            lost = self._balance < self._read
+            self._rests = min(2 * self._rests + 1, _RESTS) if lost else 0
+            self._resting = self._rests
+        self._balance = self._tokens = self._read = 0.0
+
+    def read(self, seconds: float) -> None:
+        """The drafter has read what it had not seen of the row."""
+        if self._steps:
+            self._read += seconds / statistics.median(self._steps)
 
     def guesses(self, level: int, most: int) -> int:
         """How many tokens to guess, at most `most`; 0: none."""
         if most < 1 or len(self._steps) < _FIRST or self._since >= 64:  # a step now and then tells what one costs
             return 0
-        if self._balance < -(_FREE + _SHARE * self._tokens) or self._doubt > _DOUBT[0]:
+        if self._resting or self._balance < -(_FREE + _SHARE * self._tokens) or self._doubt > _DOUBT[0]:
             return 0
         known = self._levels.setdefault(level, _Level())
         best, gain = 0, _GAIN

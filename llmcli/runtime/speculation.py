@@ -44,8 +44,8 @@ class Drafter(Protocol):
         """Which sort of guess there is; None: there is none."""
         ...
 
-    def prepare(self) -> None:
-        """Makes up for the tokens that came while nothing was guessed."""
+    def prepare(self) -> bool:
+        """Makes up for the tokens that came while nothing was guessed; whether that took a run of its own."""
         ...
 
     def guess(self, row: Row, count: int) -> list[int]:
@@ -111,7 +111,9 @@ class Speculation:
         most = min(LONGEST, row.max_new_tokens - len(row.ids) - 1, session.context - held - 1)
         count = 0 if level is None else self.pace.guesses(level, most)
         if count:
-            self.drafter.prepare()
+            begun = time.perf_counter()
+            if self.drafter.prepare():
+                self.pace.read(time.perf_counter() - begun)
         begun = time.perf_counter()
         if count:
             guesses = self.drafter.guess(row, count)
@@ -208,8 +210,9 @@ class Lookup:
             if not place:
                 break
 
-    def prepare(self) -> None:
+    def prepare(self) -> bool:
         """Nothing: tokens are taken as they come."""
+        return False
 
     def guess(self, row: Row, count: int) -> list[int]:
         """What follows; where that reaches the end, it goes on with the guesses themselves."""
@@ -243,11 +246,13 @@ class DraftModel:
         """There is one sort, as long as its context is not full."""
         return 0 if len(self._ids) <= self._session.context else None
 
-    def prepare(self) -> None:
+    def prepare(self) -> bool:
         """Reads what it has not seen, where that is more than a run leaves."""
         self._compare()
-        if len(self._ids) - self._common > LONGEST + 1:
+        behind = len(self._ids) - self._common > LONGEST + 1
+        if behind:
             self._read()
+        return behind
 
     def guess(self, row: Row, count: int) -> list[int]:
         """What it would say itself."""
