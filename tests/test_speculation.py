@@ -408,9 +408,9 @@ def test_a_drafter_whose_reading_is_not_won_back_rests_for_more_and_more_rows() 
         text.go_on(200, right)
         asked.append(text.tried > tried)
     places = np.flatnonzero(asked[:60])
-    assert list(np.diff(places))[:3] == [2, 4, 8]
-    assert len(places) < 8
-    assert all(asked[60 + 16 :])  # one row that wins is enough
+    assert list(np.diff(places))[:3] == [2, 4, 5]
+    assert len(places) < 16
+    assert all(asked[60 + 12 :])  # one row that wins is enough
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 Invariant: what was lost by guessing, in steps of the model, never passes `_FREE` and `_SHARE` of the tokens made, but
 for the guess under way. So where nothing can be gained, little is lost. What a drafter takes to read a row comes on
-top; rows after one in which that was not won back go without guesses: one, then three, and so on up to `_RESTS`.
+top; rows after one in which that was not won back go without guesses: one, then three, then `_RESTS`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import statistics
 LONGEST = 14  # guesses of a run; with the token before them fewer than a prompt, which a second graph may read
 LENGTHS = (1, 2, 3, 5, 7, 10, LONGEST)
 _FREE, _SHARE = 1.5, 0.015
-_RESTS = 16
+_RESTS = 4
 _GAIN = 1.04  # how much faster a run must promise to be
 _FIRST = 3  # steps whose cost is known before anything is guessed
 _STALE = 300  # runs after which a cost is no longer believed
