@@ -1,4 +1,4 @@
-"""Where onnxruntime computes, and keys or values of a layer where it reads and writes them in place: CPU or CUDA.
+"""Where onnxruntime computes, CPU or CUDA: graphs, and keys or values of a layer, read and written in place.
 
 Invariant: what cannot run where it was asked for is an error before a step, never another device. Rows of a cache
 lie one after the other, so some of them are a block of memory that begins at `address`.
@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,22 @@ from llmcli.runtime.session import States
 
 CUDA = "CUDAExecutionProvider"
 TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # onnxruntime's own switch, which its sessions cannot set
+
+
+class Engines:
+    """The graph that decodes, and the one that reads prompts of at least so many tokens, opened for the first one."""
+
+    def __init__(self, step: Any, least: int = 0, opened: Callable[[], Any] | None = None) -> None:
+        self.step, self._least, self._opened = step, least, opened
+        self._prompt: Any = None
+
+    def of(self, tokens: int) -> Any:
+        """The graph for a run of so many tokens."""
+        if self._opened is None or tokens < self._least:
+            return self.step
+        if self._prompt is None:
+            self._prompt = self._opened()
+        return self._prompt
 
 
 class HostCache:

@@ -9,7 +9,7 @@ Invariant: entry j of a row's cache holds its position j, and the row's mask is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,15 @@ from llmcli.data.cores import available_cores
 from llmcli.errors import DataError, UsageError
 from llmcli.files.artefacts import GRAPH, PREFILL
 from llmcli.files.onnx_header import EXPECTED, read_onnx
-from llmcli.runtime.onnx_device import DeviceCache, HostCache, attention_whole, check_device, check_graph, providers
+from llmcli.runtime.onnx_device import (
+    DeviceCache,
+    Engines,
+    HostCache,
+    attention_whole,
+    check_device,
+    check_graph,
+    providers,
+)
 from llmcli.runtime.portable_rows import PortableRows
 from llmcli.runtime.session import FLOAT_ERROR, HALF_ERROR, QUANTIZED_ERROR, Ids, Logits, Mask, States
 
@@ -55,19 +63,19 @@ class OnnxSession:
             check_graph(facts.precision, str(folder))
         engine = open_graph(folder / GRAPH, threads, device)
         self._shape = _GraphShape(engine, facts, device)
-        self._engines = _Engines(engine)
+        self._engines = Engines(engine)
         if prefill and (folder / PREFILL).is_file():
             second = GraphFacts(folder / PREFILL)
             if (second.layers, second.context) != (facts.layers, facts.context):
                 raise DataError(f"is of another model than {GRAPH}", where=str(folder / PREFILL))
-            self._engines = _Engines(engine, second.least, lambda: open_graph(folder / PREFILL, threads, device))
+            self._engines = Engines(engine, second.least, lambda: open_graph(folder / PREFILL, threads, device))
         self.vocab_size, self.context = self._shape.vocab_size, self._shape.context
         error = QUANTIZED_ERROR if facts.quantized else FLOAT_ERROR if self._shape.dtype is np.float32 else HALF_ERROR
         self.run_error = error if facts.independent else None
         self._rows = self._new_rows(0, 1)
         self._started = False
 
-    def _new_rows(self, count: int, capacity: int, engines: _Engines | None = None) -> Rows | PortableRows:
+    def _new_rows(self, count: int, capacity: int, engines: Engines | None = None) -> Rows | PortableRows:
         engines = engines or self._engines
         if self._shape.portable:
             return PortableRows(engines.step, self._shape, count, _CHUNK)
@@ -163,7 +171,7 @@ class OnnxSession:
             places = np.flatnonzero(wanted[row])
             if not len(places):
                 continue
-            scratch = self._new_rows(1, int(places[-1]) + 1, _Engines(self._engines.step))
+            scratch = self._new_rows(1, int(places[-1]) + 1, Engines(self._engines.step))
             first = int(places[0])
             if first:
                 scratch.extend(0, ids[row, :first], 1)
@@ -190,22 +198,6 @@ def _log_probabilities(logits: Logits, targets: Ids) -> Logits:
     chosen = np.take_along_axis(shifted, targets[:, None], -1)[:, 0]
     found: Logits = chosen - np.log(np.exp(shifted, out=shifted).sum(-1))
     return found
-
-
-class _Engines:
-    """The graph that decodes, and the one that reads prompts of at least so many tokens, opened for the first one."""
-
-    def __init__(self, step: Any, least: int = _PROMPT, opened: Callable[[], Any] | None = None) -> None:
-        self.step, self._least, self._opened = step, least, opened
-        self._prompt: Any = None
-
-    def of(self, tokens: int) -> Any:
-        """The graph for a run of so many tokens."""
-        if self._opened is None or tokens < self._least:
-            return self.step
-        if self._prompt is None:
-            self._prompt = self._opened()
-        return self._prompt
 
 
 def open_graph(graph: Path, threads: int | None, device: str) -> Any:
@@ -311,7 +303,7 @@ class _Binding:
 class Rows:
     """Rows side by side: cache, mask and lengths."""
 
-    def __init__(self, engines: _Engines, shape: _GraphShape, count: int, capacity: int) -> None:
+    def __init__(self, engines: Engines, shape: _GraphShape, count: int, capacity: int) -> None:
         self.engines, self.shape = engines, shape
         self.capacity = min(max(capacity, 1), shape.context)
         self.lengths = [0] * count
