@@ -21,8 +21,8 @@ class ExportConfig:
     quantizer: str = setting(
         "auto",
         "How codes are chosen: round; search: scales of the least error; calibrated: the least error on text; "
-        "sequential: block after block against the float model, the best and slowest; weight-only: int8 whose "
-        "activations stay unquantized between rows; auto: for int4 sequential (with --prefill int8 and above "
+        "sequential: block after block against the float model, the best and slowest; weight-only: int8 in blocks, "
+        "closer still and slower with prompts and batches; auto: for int4 sequential (with --prefill int8 and above "
         "100 M weights calibrated) where --calibration is given, else search (above 100 M round); for int8 round, with "
         "the most sensitive products in blocks where the check finds more than 0.5 % of perplexity lost.",
         group="Export",

@@ -22,7 +22,6 @@ from llmcli.onnx.graph import MICROSOFT, Graph
 from llmcli.onnx.weights import Array
 
 KEEP_ALL = 2**31
-_FLOAT_PROMPT = 48  # tokens from which unquantized activations pay (docs/log.md)
 
 
 def rope_tables(config: DecoderConfig) -> tuple[Array, Array]:
@@ -44,6 +43,8 @@ class DecoderGraph:
 
     target = "ort"
     past_length = present_length = "capacity"
+
+    least = 0  # of a graph for prompts: how many tokens they must have; 0: as many as the session takes for them
 
     def __init__(self, config: DecoderConfig, weights: ModelWeights, graph: Graph) -> None:
         self.config, self.weights, self.graph, self.heads = config, weights, graph, weights.heads
@@ -235,5 +236,5 @@ class DecoderGraph:
             "llmcli.precision": self.graph.plan.precision,
             "llmcli.rows": "independent" if self.graph.plan.rows_are_independent else "coupled",
             "llmcli.context": str(self.config.max_position_embeddings),
-            **({"llmcli.least": str(_FLOAT_PROMPT)} if self.graph.plan.float_prompts else {}),
+            **({"llmcli.least": str(self.least)} if self.least else {}),
         }

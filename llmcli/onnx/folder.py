@@ -28,6 +28,8 @@ from llmcli.onnx.portable import PortableDecoder, PortableGraph
 from llmcli.onnx.quantize import Plan
 from llmcli.onnx.weights import Weights
 
+_FLOAT_PROMPT = 48  # tokens from which unquantized activations pay (docs/log.md)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GraphFigures:
@@ -55,6 +57,7 @@ def write_graph(
         second = Graph(_prefill_plan(plan, weights, prefill), data, graph)
         if prefill != "same":
             decoder = DecoderGraph(config, weights, second)
+            decoder.least = _FLOAT_PROMPT if prefill == "float" else 0
             yield from decoder.build()
             _write(decoder.finished(), folder / PREFILL)
     yield _figures(graph, second)
