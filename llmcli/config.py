@@ -177,7 +177,12 @@ class PretrainConfig:
         None, "Key/value heads that they share (default: as many).", group="Model", minimum=1
     )
     ffn_size: int | None = setting(None, "Width inside the feed-forward part.", group="Model", minimum=1)
-    context: int | None = setting(None, "Tokens that the model sees at once.", group="Model", minimum=2)
+    context: int | None = setting(
+        None,
+        "Tokens that the model sees at once; where a run has minutes, 128 teach more than 512.",
+        group="Model",
+        minimum=2,
+    )
     tie_embeddings: bool = setting(True, "One matrix for embedding and head.", group="Model")
 
     tokenizer: str | None = setting(None, "Tokenizer to use; else one is trained.", group="Text", metavar="DIR")
