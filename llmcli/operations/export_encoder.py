@@ -98,7 +98,7 @@ def _plans(config: ExportConfig) -> list[Plan]:
     for name in ("max_perplexity_increase", "max_label_changes"):
         if getattr(config, name) is not None:
             raise ConfigError("is not what an encoder is measured by; give --min-cosine", where=name)
-    # One scale for all rows: a seventh faster (docs/log.md), and close enough for vectors.
+    # One scale for all rows is faster (docs/log.md), and close enough for vectors.
     plan = dataclasses.replace(plan_of(config), activations="tensor", float_prompts=True)
     if config.check and (config.precision, config.quantizer) == ("int8", "auto"):
         return [plan, dataclasses.replace(plan, weight_only=True)]
