@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import platform
-import resource
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import forked
 import numpy as np
 import pytest
 import torch
@@ -813,31 +810,6 @@ def test_memory_is_what_the_system_says() -> None:
     assert held is None or held > 10_000_000  # torch is loaded
     assert machine.choose_threads(3) == 3
     assert machine.choose_threads(None) >= 1
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is another")
-def test_freed_memory_stays_with_the_process() -> None:
-    context = forked.server()  # a process of its own: the allocator's settings last as long as it does
-    found = context.Queue()
-    child = context.Process(target=_faults, args=(found,))
-    child.start()
-    before, after = found.get(timeout=60)
-    child.join()
-    assert after < before / 4
-
-
-def _faults(found: Any) -> None:
-    """Pages faulted in by 3 tensors of 64 MB, one after the other, before and after freed memory is kept."""
-    counts = []
-    for keep in (False, True):
-        if keep:
-            machine.keep_freed_memory()
-            np.ones(16 << 20, np.float32)  # faulted in once more, and kept
-        begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(3):
-            np.ones(16 << 20, np.float32)
-        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin)
-    found.put(counts)
 
 
 def test_the_best_is_judged_by_what_a_task_asks_for() -> None:

@@ -11,14 +11,18 @@ import importlib
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from llmcli.data.heap import huge_pages
 from llmcli.errors import UsageError
+from llmcli.files.artefacts import GRAPH
 from llmcli.runtime.session import States
 
+_SLACK = 64 << 20  # bytes beside the packed weights: scales in float32, activations, the graph
 CUDA = "CUDAExecutionProvider"
 TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # onnxruntime's own switch, which its sessions cannot set
 
@@ -142,16 +146,20 @@ def check_device(engine: Any, device: str) -> None:
 
 
 @contextlib.contextmanager
-def attention_whole() -> Iterator[None]:
-    """A graph opened meanwhile computes attention's scores whole, not in tiles: half the time of a prompt's on a CPU.
+def as_cpu_likes(graph: Path) -> Iterator[None]:
+    """A graph opened meanwhile packs its weights onto huge pages and computes attention's scores whole, not in tiles.
 
-    onnxruntime reads the environment as it opens a graph. What a user has set there stays.
+    Whole scores take half the time of a prompt's on a CPU. onnxruntime reads that from the environment as it opens a
+    graph; what a user has set there stays.
     """
-    if TILES in os.environ:
-        yield
-        return
-    os.environ[TILES] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(TILES, None)
+    data = graph.with_name(f"{GRAPH}.data")  # of both graphs
+    size = data.stat().st_size if data.is_file() else 0
+    with huge_pages(size + size // 4 + _SLACK):
+        if TILES in os.environ:
+            yield
+            return
+        os.environ[TILES] = "1"
+        try:
+            yield
+        finally:
+            os.environ.pop(TILES, None)

@@ -24,7 +24,7 @@ from llmcli.runtime.onnx_device import (
     DeviceCache,
     Engines,
     HostCache,
-    attention_whole,
+    as_cpu_likes,
     check_device,
     check_graph,
     providers,
@@ -213,7 +213,7 @@ def open_graph(graph: Path, threads: int | None, device: str) -> Any:
     # longer, as on a busy machine they take the cores from whom they wait for (docs/log.md).
     options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN)
     try:
-        with attention_whole() if device == "cpu" else contextlib.nullcontext():
+        with as_cpu_likes(graph) if device == "cpu" else contextlib.nullcontext():
             engine = onnxruntime.InferenceSession(str(graph), options, wanted)
     except Exception as error:  # the library raises its own kinds
         raise DataError(f"cannot be opened: {' '.join(str(error).split())[:300]}", where=str(graph)) from error

@@ -5,16 +5,15 @@ Invariant: what is asked for and not there is an error; the CPU is never used in
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 
 from llmcli.data.cores import available_cores
+from llmcli.data.heap import keep_heap
 from llmcli.errors import UsageError
 
 # Below this width the casts of bfloat16 cost on a CPU what its products save (docs/log.md, "Precision").
@@ -81,25 +80,7 @@ def prepare_machine(machine: Machine) -> None:
     if machine.device == "cuda":
         torch.set_float32_matmul_precision("high")
     else:
-        keep_freed_memory()
-
-
-# mallopt's parameters, of glibc's malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
-_KEEP = {-1: 1 << 30, -2: 64 << 20, -4: 0}
-
-
-def keep_freed_memory() -> None:
-    """Lets the allocator keep what is freed, where it is glibc's.
-
-    It gives tensors above 32 MB back to the system at once: each step then faults the same pages in anew, which took
-    up to two thirds of a product's time (docs/log.md, "Freed memory").
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for parameter, value in _KEEP.items():
-        if mallopt is not None:
-            mallopt(parameter, value)
+        keep_heap()
 
 
 def choose_threads(wanted: int | None) -> int:

@@ -1,0 +1,78 @@
+"""The heap of this process: on huge pages and kept, where the allocator is glibc's.
+
+A matrix that is read once a token is read through the pages of 4 KB that hold it, and in a virtual machine each of them
+costs a walk through two tables. On pages of 2 MB weights come up to a fifth faster (docs/log.md, "Huge pages"). The
+system gives them to who asks (madvise(2), MADV_HUGEPAGE), for memory that was not touched yet: so the heap is grown
+first, without touching it, and what is allocated later falls there.
+
+Elsewhere than on Linux with glibc, and where the system has no huge pages, nothing happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+_HUGE = 2 << 20  # bytes of a page; where it is larger, that of ARM's 64 KB pages, little of the heap is covered
+_ADVICE = 14  # MADV_HUGEPAGE, of asm-generic/mman-common.h
+_TRIM, _THRESHOLD, _MAPPED = -1, -3, -4  # mallopt's M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_MMAP_MAX, of malloc.h
+_NEVER = -1
+# Of glibc: how many blocks are mapped beside the heap, and from which size at most. It learns that size from what is
+# freed, but no longer where one of the three was set: then the first size, 128 KB, would stay.
+_MOST, _LARGEST = 65536, 32 << 20
+
+
+def keep_heap() -> None:
+    """Lets the allocator keep all that is freed, on huge pages, for the rest of the process.
+
+    It gives tensors above 32 MB back to the system at once: each step then faults the same pages in anew, which took
+    up to two thirds of a product's time (docs/log.md, "Freed memory").
+    """
+    if (libc := _glibc()) is not None:
+        libc.mallopt(_MAPPED, 0)
+        _reserve(libc, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+
+
+@contextlib.contextmanager
+def huge_pages(size: int) -> Iterator[None]:
+    """What this thread allocates meanwhile, up to `size` bytes, lies on huge pages where it is the main one."""
+    libc = _glibc()
+    if libc is None:
+        yield
+        return
+    libc.mallopt(_MAPPED, 0)  # else what is large is mapped, beside the heap
+    _reserve(libc, size)
+    try:
+        yield
+    finally:
+        libc.mallopt(_THRESHOLD, _LARGEST)
+        libc.mallopt(_MAPPED, _MOST)
+
+
+def _reserve(libc: Any, size: int) -> None:
+    """Grows the heap by `size` bytes, none of them touched, and asks for huge pages there."""
+    libc.mallopt(_TRIM, _NEVER)  # else the heap shrinks again as the block is freed
+    block = libc.malloc(size)
+    if block is None:  # a limit on the address space
+        return
+    first, end = -(-block // _HUGE) * _HUGE, (block + size) // _HUGE * _HUGE
+    if end > first:
+        libc.madvise(first, end - first, _ADVICE)
+    libc.free(block)
+
+
+def _glibc() -> Any:
+    """The C library, None where it is another."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    if not all(hasattr(libc, name) for name in ("gnu_get_libc_version", "mallopt", "madvise")):
+        return None
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc

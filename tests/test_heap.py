@@ -1,0 +1,112 @@
+"""The heap of the process: what lies on huge pages, what is kept when it is freed."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import forked
+import numpy as np
+import pytest
+
+from llmcli.data import heap
+
+_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_SIZE = 64 << 20
+
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is another")
+madvised = pytest.mark.skipif(
+    not _ENABLED.is_file() or "[madvise]" not in _ENABLED.read_text(), reason="huge pages are not to be asked for"
+)
+
+
+def _found(ask: Callable[[Any], None]) -> Any:
+    """What `ask` puts, in a process of its own: the allocator's settings last as long as it does."""
+    context = forked.server()
+    found = context.Queue()
+    child = context.Process(target=ask, args=(found,))
+    child.start()
+    answer = found.get(timeout=60)
+    child.join()
+    return answer
+
+
+def _heap_kb(fact: str) -> int:
+    """A fact of the heap's mappings: Rss, AnonHugePages, in KB (proc_pid_smaps(5))."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            inside = line.endswith("[heap]")
+        elif inside and line.startswith(f"{fact}:"):
+            total += int(line.split()[1])
+    return total
+
+
+def _block() -> bytearray:
+    """Memory of the C library's own allocator (numpy asks for huge pages itself), touched once."""
+    block = bytearray(_SIZE)
+    block[:: 1 << 12] = b"x" * (_SIZE >> 12)
+    return block
+
+
+@glibc
+def test_freed_memory_stays_with_the_process() -> None:
+    before, after = _found(_faults)
+    assert after < before / 4
+
+
+def _faults(found: Any) -> None:
+    """Pages faulted in by 3 tensors of 64 MB, one after the other, before and after freed memory is kept."""
+    counts = []
+    for keep in (False, True):
+        if keep:
+            heap.keep_heap()
+            np.ones(16 << 20, np.float32)  # faulted in once more, and kept
+        begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(3):
+            np.ones(16 << 20, np.float32)
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin)
+    found.put(counts)
+
+
+@glibc
+@madvised
+def test_what_is_allocated_meanwhile_lies_on_huge_pages() -> None:
+    before, untouched, after, later = _found(_on_huge_pages)
+    assert untouched - before < 4 << 10  # KB: the reserve itself takes no memory
+    assert after - before > 0.9 * (_SIZE >> 10)
+    assert later == after  # what comes later, and is large, lies beside the heap again
+
+
+def _on_huge_pages(found: Any) -> None:
+    answer = [_heap_kb("AnonHugePages")]
+    with heap.huge_pages(_SIZE + (8 << 20)):
+        answer.append(_heap_kb("AnonHugePages"))
+        inside = _block()
+        answer.append(_heap_kb("AnonHugePages"))
+    outside = _block()
+    answer.append(_heap_kb("AnonHugePages"))
+    found.put(answer)
+    del inside, outside
+
+
+@glibc
+def test_a_limit_on_memory_is_no_error() -> None:
+    assert _found(_limited) == "done"
+
+
+def _limited(found: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+    with heap.huge_pages(1 << 40):
+        found.put("done")
+
+
+def test_another_system_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    heap.keep_heap()
+    with heap.huge_pages(1 << 20):
+        pass
