@@ -6,7 +6,7 @@ import dataclasses
 
 from llmcli.settings import setting
 
-EVALUATE_TASKS = ("lm", "choice", "classify", "answer", "summarize", "prefer", "embed")
+EVALUATE_TASKS = ("lm", "chat", "choice", "classify", "answer", "summarize", "prefer", "embed")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -368,6 +369,80 @@ def test_a_template_of_the_model_is_used_and_its_end_token_scored(tmp_path: Path
     said = tokenizer.encode("Any<|endoftext|>", parse_special=True)
     assert record["chosen_tokens"] == len(said)
     assert record["chosen_log_probability"] == pytest.approx(plain(place, [*before, *said], len(before)), rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Conversations
+
+
+def spoken(*turns: str) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)]}
+
+
+def test_what_the_assistant_says_is_scored_turn_by_turn(tmp_path: Path) -> None:
+    place = make_model(tmp_path / "model", make_tokenizer(tmp_path / "tokenizer"), context=CONTEXT)
+    (place / "chat_template.jinja").write_text(TURNS)
+    tokenizer = load_tokenizer(place)
+    talks = lines(tmp_path / "a.jsonl", [spoken("What?", "A list.", "Which type?", "Any type."), spoken("Who?", "He.")])
+    ids: list[int] = []
+    total, tokens = 0.0, 0
+    for text, said in (
+        ("<user>What?<|endoftext|><assistant>", False),
+        ("A list.<|endoftext|>", True),
+        ("<user>Which type?<|endoftext|><assistant>", False),
+        ("Any type.<|endoftext|>", True),
+    ):
+        piece = tokenizer.encode(text, parse_special=True)
+        if said:
+            total += plain(place, [*ids, *piece], len(ids))
+            tokens += len(piece)
+        ids += piece
+    first, second = predicted(place, talks, task="chat")
+    assert first["log_probability"] == pytest.approx(total, rel=1e-4)
+    assert first["tokens"] == tokens
+    assert first["bytes"] == len("A list.Any type.")
+    report = run(place, talks, task="chat")
+    nats = -first["log_probability"] - second["log_probability"]
+    count, size = first["tokens"] + second["tokens"], first["bytes"] + second["bytes"]
+    assert report.metrics == pytest.approx(
+        {"loss": nats / count, "perplexity": math.exp(nats / count), "bits_per_byte": nats / size / math.log(2)}
+    )
+    assert report.details == {"tokens": count, "bytes": size}
+
+
+def test_chats_are_scored_as_fine_tuning_validates_them(tmp_path: Path) -> None:
+    """The loss that `finetune chat` reports last is that of `evaluate --task chat` on the same file."""
+    talks = [spoken(f"Say {word}.", f"It is {word}, a list.") for word in ("this", "that", "one", "two")]
+    train = lines(tmp_path / "train.jsonl", talks)
+    held = lines(tmp_path / "held.jsonl", [spoken("Say three.", "It is three."), spoken("Say it.", "An object.")])
+    config = tiny(validation=str(held))
+    events = go("chat", make_base(tmp_path / "base"), train, tmp_path / "run", config=config)
+    best = next(event for event in reversed(events) if event.event == "validation" and event.best)
+    found = run(tmp_path / "run", held, task="chat").metrics
+    assert found["loss"] == pytest.approx(best.loss, rel=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(best.bits_per_byte, rel=1e-4)
+
+
+def test_completions_and_a_model_without_template_are_scored(model: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(model)
+    (record,) = predicted(
+        model, lines(tmp_path / "a.jsonl", [{"prompt": "The list", "completion": " is"}]), task="chat"
+    )
+    before, said = tokenizer.encode("The list"), [*tokenizer.encode(" is"), tokenizer.eos_id]
+    assert record["log_probability"] == pytest.approx(plain(model, [*before, *said], len(before)), rel=1e-4)
+    (record,) = predicted(model, lines(tmp_path / "b.jsonl", [spoken("What?", "A list.")]), task="chat")
+    assert record["tokens"] == len(tokenizer.encode(" A list."))
+    long = "a list of any type " * CONTEXT
+    report = run(model, lines(tmp_path / "c.jsonl", [spoken("What?", long)]), task="chat")  # in windows
+    assert report.details["bytes"] == len(" " + long)
+
+
+def test_conversations_are_not_taken_for_text(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"holds conversations \(messages\); measure with --task chat"):
+        list(evaluate(model, [str(lines(tmp_path / "a.jsonl", [spoken("What?", "A list.")]))]))
+    with pytest.raises(DataError, match=r"a\.jsonl:1"):
+        run(model, lines(tmp_path / "a.jsonl", [spoken("What?")]), task="chat")
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ def evaluate(
     \b
     lm         how well text is predicted: loss in nats per token, perplexity, and
                bits per byte, which compare between tokenizers (windows overlap)
+    chat       the same of what the assistant says in conversations, or of completions
     choice     multiple choice and minimal pairs: accuracy by log-probability,
                accuracy_norm by log-probability per byte
     classify   accuracy, macro_f1, each label's precision, recall and F1

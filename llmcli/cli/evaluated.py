@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _LISTED = 100  # files
 _MATRIX = 12  # labels of a matrix that fits a terminal; --json has larger ones
-_UNITS = {"margin": "nats", "margin_per_token": "nats/token"}
+_UNITS = {"margin": "nats", "margin_per_token": "nats/token", "loss": "nats/token", "bits_per_byte": "bits/byte"}
 
 
 def task_lines(report: TaskReport) -> Iterator[str]:

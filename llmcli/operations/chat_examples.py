@@ -14,6 +14,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from llmcli.data.chat_template import ChatTemplate
 from llmcli.data.examples import ChatExample
 from llmcli.data.tokenizer import TextTokenizer
@@ -183,3 +185,19 @@ def _refuse_lost(
             raise DataError(
                 f"{template.where}: leaves out the tools; take their field out of the data, or give another"
             )
+
+
+def completion_ids(tokenizer: TextTokenizer, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
+    """The prompt as `generate` encodes it, the completion as tokens of its own, the end token."""
+    before = tokenizer.encode(prompt, special=True) if prompt else []
+    if not before:  # something must stand before the first token that is learnt
+        before = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
+    after = tokenizer.encode(completion) + ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
+    return before + after, [False] * len(before) + [True] * len(after)
+
+
+def token_sizes(tokenizer: TextTokenizer) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The bytes that each token stands for; special ones stand for none."""
+    sizes = np.array([len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)], np.int64)
+    sizes[sorted(tokenizer.special_ids)] = 0
+    return sizes

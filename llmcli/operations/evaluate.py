@@ -117,7 +117,8 @@ def evaluate(
     if fitting is not None:
         task, layout, fields = fitting
         if text.text_field not in fields or predictions is not None:
-            raise UsageError(f"holds labelled examples ({layout}); measure with --task {task}", where=inputs[0])
+            kind = "conversations" if task == "chat" else "labelled examples"
+            raise UsageError(f"holds {kind} ({layout}); measure with --task {task}", where=inputs[0])
         yield Fitting(task, layout)
     for name, value in (("--predictions", predictions), ("--columns", columns)):
         if value is not None:

@@ -40,7 +40,7 @@ from llmcli.operations.evaluate_figures import (
 from llmcli.operations.evaluate_model import EvaluatedModel
 from llmcli.operations.records import Progress
 
-_ORDER = ("choice", "prefer", "answer", "summarize", "classify", "embed")  # in which a layout is looked for
+_ORDER = ("choice", "prefer", "answer", "summarize", "classify", "embed", "chat")  # in which a layout is looked for
 _STEP = 32  # examples between two records of progress
 
 
@@ -166,6 +166,10 @@ def evaluate_labelled(
 def open_task(config: EvaluateConfig) -> Task:
     """The task of a config. Raises ConfigError for one that cannot be measured."""
     match config.task:
+        case "chat":
+            from llmcli.operations.evaluate_chat import ChatTask
+
+            return ChatTask()
         case "choice":
             from llmcli.operations.evaluate_choice import ChoiceTask
 
@@ -203,6 +207,8 @@ def fitting_task(inputs: Sequence[str], labelled: LabelledConfig) -> tuple[str, 
             layout = recognise(source.name, task, labelled)
         except DataError:
             continue
+        if (task, layout.name) == ("chat", "text"):  # what lm is for
+            return None
         return task, layout.name, layout.fields
     return None
 

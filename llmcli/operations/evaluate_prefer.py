@@ -6,16 +6,14 @@ Where both are equally probable, the example counts half.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from llmcli.data.chat_template import open_template
 from llmcli.data.examples import ChatExample, Example, PreferenceExample
-from llmcli.data.task_prompts import transcript
 from llmcli.errors import DataError
 from llmcli.operations.chat_examples import ChatExampleEncoder
+from llmcli.operations.evaluate_chat import opened_encoder, spoken_ids
 from llmcli.operations.evaluate_choice import share_of
 from llmcli.operations.evaluate_figures import Means, Measure, Outcome
 from llmcli.operations.evaluate_model import POOL, EvaluatedModel
@@ -34,11 +32,7 @@ class PreferTask:
 
     def outcomes(self, model: EvaluatedModel, examples: Sequence[Example]) -> Iterator[Outcome]:
         """One for each example, in order."""
-        with contextlib.ExitStack() as stack:
-            encoder = None
-            if model.tokenizer.chat_template is not None:
-                opened = ChatExampleEncoder(open_template(model.tokenizer), model.tokenizer)
-                encoder = stack.enter_context(opened)
+        with opened_encoder(model) as encoder:
             for begin in range(0, len(examples), POOL // 4):
                 yield from _scored(model, encoder, examples[begin : begin + POOL // 4])
 
@@ -51,7 +45,9 @@ def _scored(
     for example in examples:
         assert isinstance(example, PreferenceExample)
         for name in _SIDES:
-            ids, said = _encoded(model, encoder, example, name)
+            messages = (*example.prompt, *getattr(example, name))
+            spoken = ChatExample(messages, None, example.where)
+            ids, said = spoken_ids(model, encoder, spoken, len(example.prompt))
             sequences.append(ids)
             masks.append(np.array(said, np.bool_))
             if not masks[-1][1:].any():
@@ -76,20 +72,3 @@ def _scored(
                 for what, value in (("log_probability", round(total, 6)), ("tokens", len(values)))
             },
         )
-
-
-def _encoded(
-    model: EvaluatedModel, encoder: ChatExampleEncoder | None, example: PreferenceExample, side: str
-) -> tuple[list[int], list[bool]]:
-    """Ids and which are scored: by the model's template, or as a transcript where it has none."""
-    messages = (*example.prompt, *getattr(example, side))
-    first = len(example.prompt)
-    if encoder is not None:
-        return encoder.encode(ChatExample(messages, None, example.where), first)
-    ids, said = list(model.begin), [False] * len(model.begin)
-    for number, message in enumerate(messages):
-        for text, spoken in transcript(message["role"], message["content"] or ""):
-            piece = model.tokenizer.encode(text)
-            ids += piece
-            said += [spoken and number >= first] * len(piece)
-    return ids, said

@@ -22,7 +22,7 @@ from llmcli.data.tokenizer import TextTokenizer
 from llmcli.errors import DataError
 from llmcli.models.decoder import Decoder
 from llmcli.models.text_model import TextModel
-from llmcli.operations.chat_examples import ChatExampleEncoder
+from llmcli.operations.chat_examples import ChatExampleEncoder, completion_ids, token_sizes
 from llmcli.operations.chat_ids import ChatIds
 from llmcli.operations.tasks import Row
 from llmcli.training.loop import Validation
@@ -52,9 +52,9 @@ class ChatTask:
                     case ChatExample():
                         ids, trained = conversations.encode(example)
                     case CompletionExample():
-                        ids, trained = _completion(tokenizer, example.prompt, example.completion)
+                        ids, trained = completion_ids(tokenizer, example.prompt, example.completion)
                     case TextExample():
-                        ids, trained = _completion(tokenizer, "", example.text)
+                        ids, trained = completion_ids(tokenizer, "", example.text)
                     case _:
                         raise DataError(f"is no conversation, but {type(example).__name__}", where=example.where)
                 row = Row(np.asarray(ids, np.int32), np.asarray(trained, bool), example.where)
@@ -113,19 +113,3 @@ class ChatTask:
             tokens += targets.numel()
             size += int(self._sizes[targets.cpu().numpy()].sum())
         return Validation(nats / max(tokens, 1), nats / math.log(2) / size if size else None)
-
-
-def _completion(tokenizer: TextTokenizer, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
-    """The prompt as `generate` encodes it, the completion as tokens of its own, the end token."""
-    before = tokenizer.encode(prompt, special=True) if prompt else []
-    if not before:  # something must stand before the first token that is learnt
-        before = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
-    after = tokenizer.encode(completion) + ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
-    return before + after, [False] * len(before) + [True] * len(after)
-
-
-def token_sizes(tokenizer: TextTokenizer) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The bytes that each token stands for; special ones stand for none."""
-    sizes = np.array([len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)], np.int64)
-    sizes[sorted(tokenizer.special_ids)] = 0
-    return sizes

@@ -18,7 +18,8 @@ from llmcli.data.cut_prompts import Parts, cut_prompt
 from llmcli.data.examples import Example
 from llmcli.data.tokenizer import TextTokenizer
 from llmcli.errors import DataError
-from llmcli.operations.task_chat import ChatTask, token_sizes
+from llmcli.operations.chat_examples import token_sizes
+from llmcli.operations.task_chat import ChatTask
 from llmcli.operations.tasks import Row
 from llmcli.training.packing import Packed
 
