@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_run import fingerprint, metrics
@@ -24,7 +25,7 @@ from llmcli.operations.inspect import describe
 from llmcli.operations.task_chat import ChatTask
 from llmcli.operations.task_classify import ClassifyTask
 from llmcli.operations.verify import verify
-from llmcli.training.packing import ExampleOrder
+from llmcli.training.packing import ExampleOrder, filled_up, pack
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_waiting")
 
@@ -69,6 +70,30 @@ def test_a_model_without_template_learns_to_chat(tmp_path: Path, base: Path, cha
     assert answer is not None
 
 
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 255, 500, 832, 4000, 100_001])
+def test_rows_have_few_lengths(tokens: int) -> None:
+    size = filled_up(tokens)
+    assert 0 <= size - tokens < max(16, tokens / 16 + 1)
+    assert filled_up(size) == size
+    between = {filled_up(count) for count in range(2**12, 2**13)}
+    assert len(between) <= 17
+
+
+def test_what_fills_a_row_up_is_no_text(tmp_path: Path) -> None:
+    """It is in no length, no longer than the longest text, and what a text's states are does not depend on it."""
+    texts = [np.arange(1, 4), np.arange(2, 9), np.arange(5, 6)]
+    packed = pack(texts, [np.array([len(text) - 1]) for text in texts], types=[np.ones_like(text) for text in texts])
+    assert packed.lengths.tolist() == [3, 7, 1]
+    assert (packed.tokens, packed.ids.size(1), packed.segments.longest) == (11, 16, 7)
+    assert packed.types is not None
+    assert packed.types[0].tolist() == [1] * 11 + [0] * 5
+    model = load_model(make_base(tmp_path / "base"))
+    with torch.no_grad():
+        states = model.hidden(packed.ids, segments=packed.segments)[0, packed.chosen]
+        for state, text in zip(states, texts, strict=True):
+            torch.testing.assert_close(state, model.hidden(torch.from_numpy(text)[None])[0, -1], rtol=1e-4, atol=1e-5)
+
+
 def test_the_loss_is_that_of_the_assistants_tokens_alone(base: Path) -> None:
     task = ChatTask()
     tokenizer = task.tokenizer(load_tokenizer(base))
@@ -78,7 +103,8 @@ def test_the_loss_is_that_of_the_assistants_tokens_alone(base: Path) -> None:
     said = [tokenizer.decode([int(i) for i in row.ids[row.wanted]]) for row in rows]
     assert said == ["The sea.<|im_end|>", " is blue.<|endoftext|>"]
     packed, targets = task.batch(rows)
-    assert packed.ids.size(1) == sum(len(row.ids) - 1 for row in rows)
+    assert packed.tokens == sum(len(row.ids) - 1 for row in rows)
+    assert packed.ids.size(1) == filled_up(packed.tokens)
     model = load_model(base)
     from llmcli.models.vocabulary import grown
 

@@ -105,6 +105,27 @@ def _limited(found: Any) -> None:
         found.put("done")
 
 
+@glibc
+def test_memory_that_grew_by_gaps_is_given_back() -> None:
+    held, grown, given, after = _found(_grown)
+    assert given == [False, True, False]  # at first it only looks; at last there is no more to give
+    assert grown - held > 768 << 20
+    assert after - held < (grown - held) / 4
+
+
+def _grown(found: Any) -> None:
+    heap.keep_heap()
+    limit, held = heap.HeapLimit(), heap.resident_bytes()
+    given = [limit.check()]
+    blocks = [np.ones(1 << 20, np.uint8) for _ in range(1024)]
+    last = blocks[-1]
+    blocks.clear()  # `last` keeps the heap from shrinking
+    grown = heap.resident_bytes()
+    given += [limit.check(), limit.check()]
+    found.put((held, grown, given, heap.resident_bytes()))
+    del last
+
+
 def test_another_system_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     heap.keep_heap()

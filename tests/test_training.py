@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from llmcli.config import PretrainConfig
+from llmcli.data import heap
 from llmcli.errors import ConfigError, DataError, UsageError
 from llmcli.files.tensors import load_tensors, save_tensors
 from llmcli.models.config import FAMILIES, DecoderConfig
@@ -806,7 +807,7 @@ def test_compiling_is_chosen_where_there_is_a_compiler_and_time_to_earn_it(
 
 
 def test_memory_is_what_the_system_says() -> None:
-    held = machine.resident_bytes()
+    held = heap.resident_bytes()
     assert held is None or held > 10_000_000  # torch is loaded
     assert machine.choose_threads(3) == 3
     assert machine.choose_threads(None) >= 1

@@ -257,7 +257,7 @@ class _Panel:
 
     @staticmethod
     def _memory() -> str:
-        from llmcli.training.machine import resident_bytes
+        from llmcli.data.heap import resident_bytes
 
         held = resident_bytes()
         return size(held) if held else "unknown"

@@ -15,6 +15,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 _HUGE = 2 << 20  # bytes of a page; where it is larger, that of ARM's 64 KB pages, little of the heap is covered
@@ -24,6 +25,7 @@ _NEVER = -1
 # Of glibc: how many blocks are mapped beside the heap, and from which size at most. It learns that size from what is
 # freed, but no longer where one of the three was set: then the first size, 128 KB, would stay.
 _MOST, _LARGEST = 65536, 32 << 20
+_GROWTH, _ROOM = 1.5, 512 << 20  # how far a process may grow before what was freed is given back
 
 
 def keep_heap() -> None:
@@ -51,6 +53,34 @@ def huge_pages(size: int) -> Iterator[None]:
     finally:
         libc.mallopt(_THRESHOLD, _LARGEST)
         libc.mallopt(_MAPPED, _MOST)
+
+
+class HeapLimit:
+    """Gives back what was freed when the process holds far more than it did after the first step.
+
+    Tensors of ever other sizes leave gaps that none of the next ones fits, so that what is kept grows without end.
+    """
+
+    def __init__(self) -> None:
+        self._limit: float | None = None
+
+    def check(self) -> bool:
+        """Called after each step; whether memory was given back, whose pages are faulted in anew as they are used."""
+        held = resident_bytes()
+        if held is None or (self._limit is not None and held <= self._limit):
+            return False
+        given = self._limit is not None and (libc := _glibc()) is not None and bool(libc.malloc_trim(0))
+        self._limit = _GROWTH * (resident_bytes() or held) + _ROOM
+        return given
+
+
+def resident_bytes() -> int | None:
+    """Memory that the process holds now, None where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):  # not on macOS and Windows
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _reserve(libc: Any, size: int) -> None:

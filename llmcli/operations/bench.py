@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 from llmcli import config as configs
 from llmcli.config import BenchConfig
 from llmcli.data.cores import available_cores
+from llmcli.data.heap import resident_bytes
 from llmcli.errors import UsageError
 from llmcli.files.artefacts import GRAPH, AdaptedModel, Model, ModelPlace, find_model, is_onnx
 from llmcli.files.onnx_header import read_onnx
@@ -77,7 +77,7 @@ def bench(
 def _measured(name: str, place: ModelPlace, config: BenchConfig, machine: float) -> Iterator[Progress | BenchReport]:
     folder = place.folder
     importlib.import_module("onnxruntime" if is_onnx(folder) else "llmcli.runtime.torch_session")
-    before, began = _resident_bytes(), time.perf_counter()
+    before, began = resident_bytes(), time.perf_counter()
     session = open_session(place, device=config.device, threads=config.threads, quantize=config.quantize)
     loaded = time.perf_counter()
     try:
@@ -96,7 +96,7 @@ def _measured(name: str, place: ModelPlace, config: BenchConfig, machine: float)
             for batch in batches:
                 found[batch].append(_seconds(session, batch, config))
             yield Progress(name, number + 1, config.rounds + 1, "rounds")
-        after, weights = _resident_bytes(), _weight_bytes(session, folder)
+        after, weights = resident_bytes(), _weight_bytes(session, folder)
     finally:
         session.close()
     runs: list[BenchRun] = []
@@ -169,11 +169,3 @@ def _notes(folder: Path) -> Iterator[str]:
             f"this processor has no int8 dot products (VNNI): the {precision} folder may be slower than one in fp32; "
             "measure both"
         )
-
-
-def _resident_bytes() -> int | None:
-    """Memory of this process that is there now."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):  # not on macOS and Windows
-        return None

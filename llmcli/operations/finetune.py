@@ -266,7 +266,7 @@ def loop_of(
         batches=lambda number: batches(data.train, order, task.batch, number, device),
         loss=loss,
         count_targets=len,
-        count_tokens=lambda packed: packed.ids.numel(),
+        count_tokens=lambda packed: packed.tokens,
         validate=_validation(prepared, stopping),
         stopping=stopping,
     )

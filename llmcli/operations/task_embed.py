@@ -164,7 +164,7 @@ class EmbedTask:
 
     def vectors(self, model: TextModel, packed: Packed) -> Tensor:
         """(texts, C), not normalized: only their directions are compared."""
-        states = model.hidden(packed.ids, segments=packed.segments)[0]
+        states = model.hidden(packed.ids, segments=packed.segments)[0, : packed.tokens]
         return pooled(states, packed.lengths, self.pooling.mode)
 
     def loss(self, model: TextModel, packed: Packed, targets: Tensor, scale: Tensor) -> Tensor:

@@ -175,8 +175,8 @@ def in_windows(model: TextModel, packed: Packed) -> Tensor:
     """The scores of each window's tokens as first and as last one, filled up with -inf: (windows, tokens, 2)."""
     assert isinstance(model, SpanReader)
     states = model.hidden(packed.ids, segments=packed.segments, types=packed.types)[0]
-    scores = model.spans(states).float()  # (N, 2)
+    scores = model.spans(states[: packed.tokens]).float()  # (tokens, 2)
     lengths = packed.lengths
     rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     whole = scores.new_full((len(lengths), int(lengths.max()), 2), -torch.inf)
-    return whole.index_put((rows, packed.segments.positions[0]), scores)
+    return whole.index_put((rows, packed.segments.positions[0, : packed.tokens]), scores)

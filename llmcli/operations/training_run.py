@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmcli.data.heap import HeapLimit
 from llmcli.errors import LlmcliError, UsageError
 from llmcli.files.artefacts import METRICS, RESULT, RUN_CONFIG
 from llmcli.files.checkpoints import keep_newest, latest_checkpoint
@@ -120,10 +121,11 @@ def trained(
     Raises LlmcliError when a loss is not finite, naming the last good checkpoint.
     """
     place, state = folder.path, loop.state
-    facts = dataclasses.asdict(machine)
+    facts, heap = dataclasses.asdict(machine), HeapLimit()
     with Journal(place / METRICS, keep=lambda record: run_folder.is_kept(record, state)) as metrics:
         try:
             for event in loop.run():
+                heap.check()
                 metrics.write(dataclasses.asdict(event))
                 if event.event == "validation" and event.best:
                     folder.save_result(state)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmcli.training.packing import filled_up
+
 IGNORED = -100  # a target that does not count
 _CHUNK_BYTES = 64 << 20  # logits of one piece, in float32: of fewer rows the products are slower (docs/log.md)
 
@@ -85,6 +87,8 @@ def head_loss(
     `hidden`, `head` and `bias`.
     """
     flat, wanted = hidden.flatten(0, -2), targets.flatten()
+    if added := filled_up(len(wanted)) - len(wanted):
+        flat, wanted = F.pad(flat, (0, 0, 0, added)), F.pad(wanted, (0, added), value=IGNORED)
     loss: Tensor = _HeadLoss.apply(flat, head, bias, wanted, scale, piece)  # type: ignore[no-untyped-call]
     return loss
 

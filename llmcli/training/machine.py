@@ -86,12 +86,3 @@ def prepare_machine(machine: Machine) -> None:
 def choose_threads(wanted: int | None) -> int:
     """CPU threads: what is wanted, else the cores this process may use."""
     return wanted or available_cores()
-
-
-def resident_bytes() -> int | None:
-    """Memory that the process holds now, None where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")

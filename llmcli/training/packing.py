@@ -17,31 +17,38 @@ from torch import Tensor
 
 from llmcli.models.segments import Segments, segments_of
 
+# For a product of a new shape the CPU's library first makes code, which takes a few milliseconds, longer than the
+# product of a thousand tokens. So a row is filled up to one of few lengths (docs/log.md, "Rows of few lengths").
+_LEAST_STEP, _STEPS = 16, 16
 R = TypeVar("R")
 Ids = npt.NDArray[np.integer[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Texts in one row, and the places in it whose hidden states are wanted."""
+    """Texts in one row, and the places in it whose hidden states are wanted.
+
+    Behind the texts the row is filled up, by texts of zeros that nothing is wanted of; `tokens` do not count them.
+    """
 
     ids: Tensor  # (1, N)
     segments: Segments
     chosen: Tensor  # (M,)
+    tokens: int  # of the texts
     number: int = 0  # of the batch, for what is drawn at random
     types: Tensor | None = None  # (1, N): of each token, whether it is of a first text (0) or of a second (1)
 
     @property
     def lengths(self) -> Tensor:
         """The tokens of each text: (R,)."""
-        positions = self.segments.positions[0]
+        positions = self.segments.positions[0, : self.tokens]
         starts = (positions == 0).nonzero().flatten()
         return torch.diff(starts, append=starts.new_tensor([len(positions)]))
 
     def to(self, device: torch.device) -> Packed:
         """The same on a device."""
         moved = self.ids.to(device), self.segments.to(device), self.chosen.to(device)
-        return Packed(*moved, self.number, None if self.types is None else self.types.to(device))
+        return Packed(*moved, self.tokens, self.number, None if self.types is None else self.types.to(device))
 
 
 def pack(texts: Sequence[Ids], chosen: Sequence[Ids], *, types: Sequence[Ids] | None = None) -> Packed:
@@ -49,9 +56,30 @@ def pack(texts: Sequence[Ids], chosen: Sequence[Ids], *, types: Sequence[Ids] | 
     lengths = [len(text) for text in texts]
     starts = np.cumsum([0, *lengths[:-1]])
     places = np.concatenate([start + each for start, each in zip(starts, chosen, strict=True)]).astype(np.int64)
-    ids = torch.from_numpy(np.concatenate(texts).astype(np.int64))[None]
-    joined = None if types is None else torch.from_numpy(np.concatenate(types).astype(np.int64))[None]
-    return Packed(ids, segments_of(lengths), torch.from_numpy(places), types=joined)
+    tokens = sum(lengths)
+    size = filled_up(tokens)
+    added = [max(lengths)] * ((size - tokens) // max(lengths))  # none longer than a text, which the context holds
+    added += [rest] if (rest := size - tokens - sum(added)) else []
+    return Packed(
+        _joined(texts, size),
+        segments_of([*lengths, *added]),
+        torch.from_numpy(places),
+        tokens,
+        types=None if types is None else _joined(types, size),
+    )
+
+
+def _joined(texts: Sequence[Ids], size: int) -> Tensor:
+    """Side by side, and zeros behind them: (1, size)."""
+    row = np.zeros((1, size), np.int64)
+    row[0, : sum(map(len, texts))] = np.concatenate(texts)
+    return torch.from_numpy(row)
+
+
+def filled_up(tokens: int) -> int:
+    """The least of few lengths that so many tokens fit in: at most 15 tokens longer, or a 16th."""
+    step = max(_LEAST_STEP, 2 ** (tokens.bit_length() - 1) // _STEPS)
+    return -(-tokens // step) * step
 
 
 class ExampleOrder:
