@@ -95,6 +95,22 @@ def _on_huge_pages(found: Any) -> None:
 
 
 @glibc
+def test_what_was_opened_and_closed_is_given_back() -> None:
+    before, held, after = _found(_opened_and_closed)
+    assert held - before > 500 << 20
+    assert after - before < 300 << 20
+
+
+def _opened_and_closed(found: Any) -> None:
+    before = heap.resident_bytes()
+    with heap.huge_pages(640 << 20):
+        blocks = [_block() for _ in range(8)]
+    held = heap.resident_bytes()
+    blocks.clear()
+    found.put((before, held, heap.resident_bytes()))
+
+
+@glibc
 def test_a_limit_on_memory_is_no_error() -> None:
     assert _found(_limited) == "done"
 

@@ -18,13 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_HUGE = 2 << 20  # bytes of a page; where it is larger, that of ARM's 64 KB pages, little of the heap is covered
+_HUGE = 2 << 20  # bytes of a page, on x86 and on ARM with pages of 4 KB
 _ADVICE = 14  # MADV_HUGEPAGE, of asm-generic/mman-common.h
 _TRIM, _THRESHOLD, _MAPPED = -1, -3, -4  # mallopt's M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_MMAP_MAX, of malloc.h
 _NEVER = -1
 # Of glibc: how many blocks are mapped beside the heap, and from which size at most. It learns that size from what is
 # freed, but no longer where one of the three was set: then the first size, 128 KB, would stay.
 _MOST, _LARGEST = 65536, 32 << 20
+_KEPT = 256 << 20  # bytes at the heap's end that are not given back
 _GROWTH, _ROOM = 1.5, 512 << 20  # how far a process may grow before what was freed is given back
 
 
@@ -41,7 +42,7 @@ def keep_heap() -> None:
 
 @contextlib.contextmanager
 def huge_pages(size: int) -> Iterator[None]:
-    """What this thread allocates meanwhile, up to `size` bytes, lies on huge pages where it is the main one."""
+    """What the main thread allocates meanwhile, up to `size` bytes, lies on huge pages; later the heap shrinks again."""
     libc = _glibc()
     if libc is None:
         yield
@@ -51,6 +52,7 @@ def huge_pages(size: int) -> Iterator[None]:
     try:
         yield
     finally:
+        libc.mallopt(_TRIM, _KEPT)
         libc.mallopt(_THRESHOLD, _LARGEST)
         libc.mallopt(_MAPPED, _MOST)
 
