@@ -42,7 +42,7 @@ def keep_heap() -> None:
 
 @contextlib.contextmanager
 def huge_pages(size: int) -> Iterator[None]:
-    """What the main thread allocates meanwhile, up to `size` bytes, lies on huge pages; later the heap shrinks again."""
+    """What the main thread allocates meanwhile, up to `size` bytes, lies on huge pages; then the heap shrinks again."""
     libc = _glibc()
     if libc is None:
         yield
