@@ -19,7 +19,7 @@ from small_tuning import go, make_base, tiny
 from small_tuning import reviews as reviews_to_learn
 
 from llmcli.cli.evaluate import evaluate as command
-from llmcli.config import EvaluateConfig, ExportConfig, GenerateConfig, SamplingConfig
+from llmcli.config import EvaluateConfig, ExportConfig, GenerateConfig, SamplingConfig, TextConfig
 from llmcli.data.chatml import END, with_chatml
 from llmcli.data.task_prompts import answer_prompt
 from llmcli.data.tokenizer import load_tokenizer
@@ -443,6 +443,17 @@ def test_conversations_are_not_taken_for_text(model: Path, tmp_path: Path) -> No
         list(evaluate(model, [str(lines(tmp_path / "a.jsonl", [spoken("What?", "A list.")]))]))
     with pytest.raises(DataError, match=r"a\.jsonl:1"):
         run(model, lines(tmp_path / "a.jsonl", [spoken("What?")]), task="chat")
+
+
+@pytest.mark.parametrize("field", ["text", "body", "completion"])
+def test_a_field_that_is_named_is_read_as_text_beside_a_conversation(model: Path, tmp_path: Path, field: str) -> None:
+    row = {"prompt": "What?", "completion": " A list.", "body": "Any type.", "text": "An object of a class."}
+    path = lines(tmp_path / "a.jsonl", [row])
+    config = EvaluateConfig(threads=1)
+    *before, report = evaluate(model, [str(path)], config, TextConfig(text_field=field))
+    assert not any(isinstance(record, Fitting) for record in before)
+    assert isinstance(report, EvaluateReport)
+    assert report.bytes == len(row[field])
 
 
 # ----------------------------------------------------------------------------------------------------------------

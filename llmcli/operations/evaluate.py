@@ -113,7 +113,7 @@ def evaluate(
         models = [model] if other is None else [model, other]
         yield from evaluate_labelled(models, inputs, config, labelled, predictions=predictions, overwrite=overwrite)
         return
-    fitting = fitting_task(inputs, labelled) if config.task is None else None
+    fitting = fitting_task(inputs, labelled, text.text_field) if config.task is None else None
     if fitting is not None:
         task, layout, fields = fitting
         if text.text_field not in fields or predictions is not None:

@@ -197,20 +197,33 @@ def open_task(config: EvaluateConfig) -> Task:
     raise ConfigError(f"{config.task!r:.40} is measured on text, not on labelled examples", where="task")
 
 
-def fitting_task(inputs: Sequence[str], labelled: LabelledConfig) -> tuple[str, str, tuple[str, ...]] | None:
-    """(task, layout, its fields) of the first file, where it holds labelled examples and no plain text."""
+def fitting_task(
+    inputs: Sequence[str], labelled: LabelledConfig, text_field: str
+) -> tuple[str, str, tuple[str, ...]] | None:
+    """(task, layout, its fields) of the first file, where it holds labelled examples and no plain text.
+
+    Conversations and completions are plain text where the field that is to be read as such is there.
+    """
     source = next((found for found in find_inputs(inputs) if found.path is not None), None)
     if source is None or source.format == "text":
         return None
     for task in _ORDER:
-        try:
-            layout = recognise(source.name, task, labelled)
-        except DataError:
+        layout = _layout(source.name, task, labelled)
+        if layout is None:
             continue
-        if (task, layout.name) == ("chat", "text"):  # what lm is for
-            return None
+        if task == "chat":
+            with contextlib.suppress(ConfigError):  # a name that cannot be written as a column
+                if _layout(source.name, task, dataclasses.replace(labelled, columns=f"text={text_field}")):
+                    return None
         return task, layout.name, layout.fields
     return None
+
+
+def _layout(path: str, task: str, labelled: LabelledConfig) -> Layout | None:
+    try:
+        return recognise(path, task, labelled)
+    except DataError:
+        return None
 
 
 def _read(inputs: Sequence[str], task: str, config: LabelledConfig, limit: int | None) -> Iterator[_File]:
