@@ -139,6 +139,12 @@ class CorpusConfig:
         choices=("off", "exact", "near"),
     )
     min_chars: int = setting(1, "Drop documents of fewer characters.", group="Corpus", minimum=0)
+    sentences: bool = setting(
+        False,
+        "Let each document that is trained on be followed by its sentences, each a document of its own and once only: "
+        "a small model judges single sentences better so.",
+        group="Corpus",
+    )
     scrub_pii: bool = setting(
         False,
         "Replace e-mail addresses, phone and card numbers, IBANs and IP addresses by labels such as [EMAIL].",

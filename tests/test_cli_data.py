@@ -60,12 +60,14 @@ def test_prepare_says_what_it_made(place: Path) -> None:
     assert set(record) == {
         *("corpus", "hash", "tokenizer_hash", "vocab_size", "dtype", "split", "split_place"),
         *("train_tokens", "train_bytes", "train_documents", "val_tokens", "val_bytes", "val_documents"),
-        *("dropped", "pii", "replaced", "sources", "encodings", "skipped"),
+        *("train_sentences", "dropped", "pii", "replaced", "sources", "encodings", "skipped"),
         *("engine", "workers", "input_bytes", "seconds"),
     }
     assert record["train_documents"] + record["val_documents"] == 200
     assert record["split"] == "hash"
     assert record["hash"] == open_corpus("corpus").hash
+    shown = run("prepare", "notes.txt", *PREPARE, "--overwrite", "--sentences", "--val-fraction", "0")
+    assert "1 document and 200 sentences of theirs" in shown
 
 
 @pytest.mark.parametrize(

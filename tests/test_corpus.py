@@ -26,6 +26,7 @@ from llmcli.config import CorpusConfig, TextConfig
 from llmcli.data import dedup, encode_pool, pii, readers
 from llmcli.data.corpus import Corpus, PartWriter, dtype_for, open_corpus
 from llmcli.data.dedup import DigestSet, band_keys
+from llmcli.data.sentences import sentences_of
 from llmcli.data.split import Piece, Split, SplitScan, kept_pieces
 from llmcli.data.tokenizer import load_tokenizer
 from llmcli.errors import DataError, LlmcliError, UsageError
@@ -188,6 +189,78 @@ def test_a_long_document_in_pieces_has_the_ids_of_the_whole(
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# Sentences
+
+
+def stories(count: int) -> list[str]:
+    """Documents of three sentences, the last of which all have, and one of a single sentence behind each."""
+    told = [
+        f"The {name} number {number} was here. It saw {number} ships. Then it slept."
+        for number, name in enumerate(["cat", "dog"] * (count // 2))
+    ]
+    return [text for pair in zip(told, many(count), strict=True) for text in pair]
+
+
+def test_sentences_stand_behind_the_documents_each_once(tokenizer: Path, tmp_path: Path) -> None:
+    documents = stories(100)
+    plain, _ = corpus_of(tmp_path, tokenizer, documents, val_fraction=0.2)
+    train, val = texts_of(plain), texts_of(plain, "val")
+    corpus, report = corpus_of(tmp_path, tokenizer, documents, val_fraction=0.2, sentences=True)
+    assert texts_of(corpus, "val") == val
+    assert texts_of(corpus)[: len(train)] == train
+    behind = texts_of(corpus)[len(train) :]
+    expected = [text for document in train if document.count(". ") == 2 for text in sentences_of(document)]
+    assert len(behind) == len(set(behind)) == report.train_sentences > 100
+    assert set(behind) <= set(expected)
+    assert len(behind) > 0.7 * len(set(expected))  # but for those that the hash holds out
+    assert not set(behind) & set(val)
+    assert report.train_documents == len(train)
+    assert corpus.train_bytes == sum(len(text.encode()) for text in texts_of(corpus))
+    assert json.loads((tmp_path / "corpus" / "corpus.json").read_text())["train_sentences"] == len(behind)
+
+
+def test_a_sentence_that_is_a_document_too_is_on_one_side(tokenizer: Path, tmp_path: Path) -> None:
+    alone = [f"It saw {number} ships." for number in range(100)]
+    corpus, _ = corpus_of(tmp_path, tokenizer, stories(100) + alone, val_fraction=0.3, sentences=True)
+    held_out = set(texts_of(corpus, "val"))
+    assert len(held_out & set(alone)) > 10
+    assert not held_out & set(texts_of(corpus))
+
+
+def test_a_tail_gives_no_sentences(tokenizer: Path, tmp_path: Path) -> None:
+    text = "".join(f"Line {number} is here. Line {number} is there.\n" for number in range(200))
+    (tmp_path / "a.txt").write_text(text)
+    corpus, report = corpus_of(tmp_path, tokenizer, tmp_path / "a.txt", val_fraction=0.25, sentences=True)
+    (val,), (document, *behind) = texts_of(corpus, "val"), texts_of(corpus)
+    assert document + val == text
+    assert behind == sentences_of(document)
+    assert report.train_sentences == len(behind) > 200
+
+
+def test_a_long_document_stays_whole_and_one_taken_back_takes_its_sentences_along(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "PIECE", 200)
+    long = "\n".join(f"This is line {number} of many." for number in range(100))
+    other = long.replace("many", "few") + "\nAnd one more line."
+    for shard_tokens in (1 << 28, 50):
+        corpus, report = corpus_of(
+            tmp_path,
+            tokenizer,
+            [long, "A b c d.", long + "\nA b c d. It ends.", long, other],
+            *(TextConfig(), shard_tokens),
+            dedup="exact",
+            val_fraction=0.0,
+            sentences=True,
+        )
+        documents = [long, "A b c d.", long + "\nA b c d. It ends.", other]
+        assert texts_of(corpus) == [*documents, *long.split("\n"), "A b c d.", *other.split("\n")]
+        assert report.dropped == {"duplicates": 1}
+        assert report.train_sentences == 202
+        assert not list((tmp_path / "corpus").glob("sentences*"))
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # The split
 
 
@@ -294,7 +367,8 @@ def test_the_number_of_workers_changes_nothing(
 
     monkeypatch.setattr(module, "_BATCH_BYTES", 2000)
     documents = [*many(500), "mail me: a@b.org", "call +49 30 1234567", *many(20)]
-    options: dict[str, Any] = {"scrub_pii": True, "dedup": "exact"}
+    documents += stories(20)[::2]
+    options: dict[str, Any] = {"scrub_pii": True, "dedup": "exact", "sentences": True}
     corpus_of(tmp_path, tokenizer, documents, workers=1, **options)
     alone = files_of(tmp_path / "corpus")
     _, report = corpus_of(tmp_path, tokenizer, documents, workers=3, **options)

@@ -82,7 +82,8 @@ def _show_prepared(report: PrepareReport) -> None:
     workers = f"{report.workers} process{'es' * (report.workers != 1)}"
     facts = {
         "corpus": report.corpus,
-        "train": _part(report.train_tokens, report.train_bytes, report.train_documents),
+        "train": _part(report.train_tokens, report.train_bytes, report.train_documents)
+        + (f" and {counted(report.train_sentences, 'sentence')} of theirs" if report.train_sentences else ""),
         "validation": f"{_part(report.val_tokens, report.val_bytes, report.val_documents)}; {rule[report.split]}",
         "ids": f"{report.dtype}, vocabulary {report.vocab_size:,}",
         "dropped": _counts(report.dropped),

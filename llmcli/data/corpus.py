@@ -111,6 +111,17 @@ class PartWriter:
         self._flush()
         self._close()
 
+    def pour_into(self, other: PartWriter) -> None:
+        """Appends what it holds to another part, but for the count of documents, and removes its own files."""
+        self.close()
+        for shard, count in enumerate(self.counts):
+            ids = np.load(self.path(shard), mmap_mode="r")
+            for begin in range(0, count, _HELD_TOKENS):
+                other.write(np.array(ids[begin : begin + _HELD_TOKENS]), 0)
+            self.path(shard).unlink()
+        other.bytes += self.bytes
+        self.counts = []
+
     def _next_shard(self) -> None:
         self._close()
         self.counts.append(0)

@@ -34,6 +34,7 @@ class Piece:
     first: bool
     final: bool
     part: str = ""  # train or val where the tail decides, else "": the hash does
+    sentence: bool = False  # of the document before it
 
 
 def kept_pieces(documents: Iterable[Document], min_chars: int, dropped: Counter[str]) -> Iterator[Piece]:

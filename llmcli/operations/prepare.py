@@ -7,7 +7,6 @@ a document that `--dedup exact` takes (`near`: 300).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import shutil
@@ -18,13 +17,13 @@ from pathlib import Path
 
 from llmcli import config as configs
 from llmcli.config import CorpusConfig, TextConfig
-from llmcli.data import pii
 from llmcli.data.cores import available_cores
-from llmcli.data.corpus import PARTS, SHARD_TOKENS, Mark, PartWriter, dtype_for, write_description
-from llmcli.data.dedup import DigestSet, SimilarSet
-from llmcli.data.encode_pool import Encoded, EncodePool, Encoder, EncoderConfig, EngineMismatchError
+from llmcli.data.corpus import SHARD_TOKENS, dtype_for, write_description
+from llmcli.data.corpus_parts import CorpusParts, Meta
+from llmcli.data.encode_pool import EncodePool, Encoder, EncoderConfig, EngineMismatchError
 from llmcli.data.formats import Source, compression_of, find_inputs, open_source
 from llmcli.data.readers import ReadLog, read_documents
+from llmcli.data.sentences import with_sentences
 from llmcli.data.split import Piece, Split, SplitScan, kept_pieces
 from llmcli.data.tokenizer import load_tokenizer
 from llmcli.errors import DataError, UsageError
@@ -52,6 +51,7 @@ class PrepareReport:
     train_tokens: int
     train_bytes: int
     train_documents: int
+    train_sentences: int  # written beside their documents
     val_tokens: int
     val_bytes: int
     val_documents: int
@@ -103,11 +103,11 @@ def prepare(
         encoder = dataclasses.replace(encoder, engine=job.engine(encoder))
         started = time.perf_counter()
         try:
-            written = yield from job.run(encoder, split)
+            written, log = yield from job.run(encoder, split)
         except EngineMismatchError:  # the samples did not show it; the ids of tokenizers are the ones that count
             job.clear()
             encoder = dataclasses.replace(encoder, engine="tokenizers")
-            written = yield from job.run(encoder, split)
+            written, log = yield from job.run(encoder, split)
         seconds = time.perf_counter() - started
         written.refuse_empty(config)
         for spool in folder.glob(".input-*"):
@@ -119,14 +119,15 @@ def prepare(
             "dtype": dtype,
             "split": split.description(),
             "options": _options(text, config),
+            "train_sentences": written.sentences,
             "dropped": dict(sorted(written.dropped.items())),
             "pii": written.pii_counts(),
-            **_described(written.log),
+            **_described(log),
         }
         content = write_description(folder, written.writers, facts)
         lineage = {"corpus": content["hash"], "tokenizer": opened.hash, "seed": config.seed, "versions": versions()}
         write_manifest(folder, lineage)
-    yield written.report(str(output), content, encoder.engine, job.workers, seconds)
+    yield _report(written, log, str(output), content, encoder.engine, job.workers, seconds)
 
 
 def _refuse_own_input(sources: Sequence[Source], output: Path) -> None:
@@ -215,32 +216,37 @@ class _Job:
         for path in self.folder.glob("*.npy"):
             path.unlink()
 
-    def run(self, encoder: EncoderConfig, split: Split) -> Generator[Progress, None, _Written]:
-        """Encodes and writes; its generator returns the _Written."""
+    def run(self, encoder: EncoderConfig, split: Split) -> Generator[Progress, None, tuple[CorpusParts, ReadLog]]:
+        """Encodes and writes; its generator returns what was written, and what was read."""
         log, dropped = ReadLog(hashed=True), Counter[str]()
         split.place = ""
-        with contextlib.ExitStack() as stack:
-            writers = {part: PartWriter(self.folder, part, encoder.dtype, self.shard_tokens) for part in PARTS}
-            for writer in writers.values():
-                stack.callback(writer.close)
-            pool: EncodePool[list[_Meta]] = stack.enter_context(EncodePool(encoder, self.workers))
-            written = _Written(writers, split, self.config, log, dropped)
+        with (
+            CorpusParts(self.folder, encoder.dtype, self.shard_tokens, split, self.config, dropped) as written,
+            self._pool(encoder) as pool,
+        ):
             yield Progress("encode", 0, self.total, "bytes")
-            for batch, encoded in pool.encode(self._batches(split.divide(self._pieces(log, dropped)))):
-                for (first, final, part), result in zip(batch, encoded, strict=True):
-                    written.take(result, first, final, part)
+            pieces = split.divide(self._pieces(log, dropped))
+            if self.config.sentences:
+                pieces = with_sentences(pieces)
+            for batch, encoded in pool.encode(self._batches(pieces)):
+                for meta, result in zip(batch, encoded, strict=True):
+                    written.take(result, meta)
                 yield Progress("encode", self.done, self.total, "bytes")
-        return written
+            written.finish()
+        return written, log
+
+    def _pool(self, encoder: EncoderConfig) -> EncodePool[list[Meta]]:
+        return EncodePool(encoder, self.workers)
 
     @staticmethod
-    def _batches(pieces: Iterator[Piece]) -> Iterator[tuple[list[_Meta], list[tuple[bytes, bool]]]]:
+    def _batches(pieces: Iterator[Piece]) -> Iterator[tuple[list[Meta], list[tuple[bytes, bool]]]]:
         """Pieces of about equal size in sum, as UTF-8, and what else is to be known of each."""
-        batch: list[_Meta] = []
+        batch: list[Meta] = []
         texts: list[tuple[bytes, bool]] = []
         size = 0
         for piece in pieces:
             data = piece.text.encode()
-            batch.append((piece.first, piece.final, piece.part))
+            batch.append(Meta(piece.first, piece.final, piece.part, piece.sentence))
             texts.append((data, piece.final))
             size += len(data)
             if size >= _BATCH_BYTES or len(batch) >= _BATCH_TEXTS:
@@ -250,127 +256,41 @@ class _Job:
             yield batch, texts
 
 
-_Meta = tuple[bool, bool, str]  # of a piece: first, final, part
-
-
-class _Written:
-    """Takes the encoded pieces in order and writes what is to be kept."""
-
-    def __init__(
-        self,
-        writers: dict[str, PartWriter],
-        split: Split,
-        config: CorpusConfig,
-        log: ReadLog,
-        dropped: Counter[str],
-    ) -> None:
-        self.writers, self.split, self.log, self.dropped = writers, split, log, dropped
-        self.seen = DigestSet() if config.dedup != "off" else None
-        self.similar = SimilarSet() if config.dedup == "near" else None
-        # By tail a document in the tail that was trained on already follows its first copy.
-        self.trained = DigestSet() if split.by == "tail" else None
-        self.pii: Counter[str] = Counter()
-        # Of a document in several pieces:
-        self.part = "train"
-        self.mark: Mark | None = None
-        self.joined = hashlib.blake2b(digest_size=16)
-        self.found: Counter[str] = Counter()
-        self.repeated = False
-
-    def take(self, result: Encoded, first: bool, final: bool, part: str) -> None:
-        """Writes a piece, or takes its document back when its end shows that it is a duplicate."""
-        if first and final:
-            if self._is_duplicate(result.digest, result.bands):
-                return
-            writer = self.writers[self._part_of(part, result.digest)]
-            writer.write(result.ids, result.size)
-            writer.documents += 1
-            if result.found:
-                self._count_pii(result, self.pii)
-            return
-        if first:
-            self.part = part or self.split.part_of(result.digest)
-            self.mark = self.writers[self.part].mark()
-            self.joined, self.found = hashlib.blake2b(digest_size=16), Counter()
-            # Similarity is judged by the first piece: a million characters say enough.
-            self.repeated = self.similar is not None and not self.similar.add(result.bands)
-        self.joined.update(result.digest)
-        self.writers[self.part].write(result.ids, result.size)
-        self._count_pii(result, self.found)
-        if final:
-            assert self.mark is not None
-            if self.repeated or self._is_duplicate(self.joined.digest(), None):
-                self.writers[self.part].return_to(self.mark)
-                self.dropped["duplicates"] += self.repeated
-            else:
-                self.writers[self.part].documents += 1
-                self.pii.update(self.found)
-
-    def _is_duplicate(self, digest: bytes, bands: list[bytes] | None) -> bool:
-        if self.seen is None or (
-            self.seen.add(digest) and (self.similar is None or bands is None or self.similar.add(bands))
-        ):
-            return False
-        self.dropped["duplicates"] += 1
-        return True
-
-    def _part_of(self, part: str, digest: bytes) -> str:
-        if self.trained is None:
-            return self.split.part_of(digest)
-        if part == "train":
-            self.trained.add(digest)
-        return "train" if digest in self.trained else part
-
-    @staticmethod
-    def _count_pii(result: Encoded, counts: Counter[str]) -> None:
-        for label, count in zip(pii.LABELS, result.found, strict=False):
-            counts[label] += count
-
-    def pii_counts(self) -> dict[str, int]:
-        """Label: how many; only those found."""
-        return {label: self.pii[label] for label in pii.LABELS if self.pii[label]}
-
-    def refuse_empty(self, config: CorpusConfig) -> None:
-        """Raises DataError where a part that was asked for holds nothing."""
-        train, val = self.writers["train"], self.writers["val"]
-        if not train.tokens and not val.tokens:
-            left = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
-            raise DataError(f"no text is left: {left or 'all is empty'}")
-        if not train.tokens or (config.val_fraction > 0 and not val.tokens):
-            empty = "training" if not train.tokens else "validation"
-            raise DataError(
-                f"too little text: of {train.documents + val.documents} documents none is left for {empty}; "
-                "give more, another --val-fraction (0: no validation), or --val-by tail"
-            )
-
-    def report(
-        self, output: str, content: dict[str, object], engine: str, workers: int, seconds: float
-    ) -> PrepareReport:
-        """The last record."""
-        train, val, sources = self.writers["train"], self.writers["val"], self.log.sources
-        encodings = Counter(source.encoding for source in sources if source.encoding != "utf-8")
-        return PrepareReport(
-            corpus=output,
-            hash=str(content["hash"]),
-            tokenizer_hash=str(content["tokenizer_hash"]),
-            vocab_size=int(str(content["vocab_size"])),
-            dtype=str(content["dtype"]),
-            train_tokens=train.tokens,
-            train_bytes=train.bytes,
-            train_documents=train.documents,
-            val_tokens=val.tokens,
-            val_bytes=val.bytes,
-            val_documents=val.documents,
-            split=self.split.by,
-            split_place=self.split.place,
-            dropped=dict(sorted(self.dropped.items())),
-            pii=self.pii_counts(),
-            replaced=sum(source.replaced for source in sources),
-            sources=len(sources),
-            encodings=dict(sorted(encodings.items())),
-            skipped=tuple(self.log.skipped),
-            engine=engine,
-            workers=max(1, workers),
-            input_bytes=sum(source.size for source in sources),
-            seconds=seconds,
-        )
+def _report(
+    written: CorpusParts,
+    log: ReadLog,
+    output: str,
+    content: dict[str, object],
+    engine: str,
+    workers: int,
+    seconds: float,
+) -> PrepareReport:
+    """The last record."""
+    train, val, sources = written.writers["train"], written.writers["val"], log.sources
+    encodings = Counter(source.encoding for source in sources if source.encoding != "utf-8")
+    return PrepareReport(
+        corpus=output,
+        hash=str(content["hash"]),
+        tokenizer_hash=str(content["tokenizer_hash"]),
+        vocab_size=int(str(content["vocab_size"])),
+        dtype=str(content["dtype"]),
+        train_tokens=train.tokens,
+        train_bytes=train.bytes,
+        train_documents=train.documents,
+        train_sentences=written.sentences,
+        val_tokens=val.tokens,
+        val_bytes=val.bytes,
+        val_documents=val.documents,
+        split=written.split.by,
+        split_place=written.split.place,
+        dropped=dict(sorted(written.dropped.items())),
+        pii=written.pii_counts(),
+        replaced=sum(source.replaced for source in sources),
+        sources=len(sources),
+        encodings=dict(sorted(encodings.items())),
+        skipped=tuple(log.skipped),
+        engine=engine,
+        workers=max(1, workers),
+        input_bytes=sum(source.size for source in sources),
+        seconds=seconds,
+    )
