@@ -195,6 +195,15 @@ def test_values_are_of_their_settings_types() -> None:
     assert found[1].settings[3].class_weights == "balanced"
 
 
+def test_seeds_are_tried_where_they_do_not_draw_what_is_validated_on(tmp_path: Path, base: Path, data: Path) -> None:
+    with pytest.raises(ConfigError, match="decides what is validated on"):
+        swept(base, data, tmp_path / "run", "seed=0,1")
+    config = tiny(max_steps=2, validation=str(reviews(tmp_path / "held_out.tsv", 20, seed=9)), allow_overlap=True)
+    end = swept(base, data, tmp_path / "run", "seed=0,1", config=config)[-1]
+    assert {trial.settings["seed"] for trial in end.trials} == {0, 1}
+    assert end.trials[0].loss != end.trials[1].loss
+
+
 def test_a_sweep_needs_something_held_out_and_keeps_to_its_grid(tmp_path: Path, base: Path, data: Path) -> None:
     with pytest.raises(ConfigError, match="held out"):
         swept(base, data, tmp_path / "run", "lr=1,2", config=tiny(val_split=0.0))

@@ -123,7 +123,7 @@ def sweep(
         configs.check(each)
     make_task(task, own)
     if asked.sweep or resume is None:  # else they are those that the sweep was begun with
-        combinations(asked, settings)
+        combinations(asked, settings, apart=_apart(config, inputs))
     _refuse_unmeasured(config, inputs)
     if resume not in (None, "auto"):
         raise UsageError("a sweep goes on from where each trial was; give --resume without a path", where="resume")
@@ -159,7 +159,7 @@ def plan_sweep(
     settings = [each for each in (config, lora, labelled, own, asked) if each is not None]
     for each in settings:
         configs.check(each)
-    found = combinations(asked, settings)
+    found = combinations(asked, settings, apart=_apart(config, inputs))
     _refuse_unmeasured(config, inputs)
     for record in prepared_run(task, resolve_model(model, onnx=False), inputs, list(found[0].settings)):
         if isinstance(record, PreparedRun):
@@ -177,8 +177,13 @@ def shares_of(count: int, asked: SweepConfig) -> list[float]:
     return [0.5 ** (rounds - number) for number in range(rounds + 1)]
 
 
+def _apart(config: FinetuneConfig, inputs: Sequence[str]) -> bool:
+    """Whether what is validated on has a file of its own."""
+    return bool(config.validation or find_splits(inputs).validation)
+
+
 def _refuse_unmeasured(config: FinetuneConfig, inputs: Sequence[str]) -> None:
-    if not (config.val_split or config.validation or find_splits(inputs).validation):
+    if not (config.val_split or _apart(config, inputs)):
         raise ConfigError("a sweep chooses by validation, so something must be held out", where="val_split")
 
 
@@ -196,7 +201,8 @@ class _Trials:
         self.task, self.model, self.inputs, self.opened, self.stopping = task, model, inputs, opened, stopping
         *self.settings, asked = opened.settings
         self.place = opened.place
-        self.combinations = {each.name: each for each in combinations(asked, self.settings)}
+        found = combinations(asked, self.settings, apart=_apart(self.settings[0], inputs))
+        self.combinations = {each.name: each for each in found}
         self.trials = {name: Trial(name, dict(each.values)) for name, each in self.combinations.items()}
         self.unlike = change_the_loss(list(self.combinations.values()))
         self.shares = shares_of(len(self.trials), asked)

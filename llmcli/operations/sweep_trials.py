@@ -31,9 +31,10 @@ class Combination:
     settings: tuple[Any, ...]
 
 
-def combinations(asked: SweepConfig, settings: Sequence[Any]) -> list[Combination]:
+def combinations(asked: SweepConfig, settings: Sequence[Any], *, apart: bool = False) -> list[Combination]:
     """Every combination, the last setting's values changing fastest. `settings`: FinetuneConfig, LoraConfig and so on.
 
+    `apart`: what is validated on has a file of its own, which no seed draws.
     Raises ConfigError for a setting that is not known (naming the nearest), or that does not take a value.
     """
     known = {
@@ -52,7 +53,7 @@ def combinations(asked: SweepConfig, settings: Sequence[Any]) -> list[Combinatio
             raise ConfigError(f"must be NAME=VALUE,VALUE; is {item!r}", where="sweep")
         if name not in known:
             raise ConfigError(f"unknown setting {name!r}{configs.nearest(name, known)}", where="sweep")
-        if name in _MEASURE:
+        if name in _MEASURE and not (name == "seed" and apart):
             raise ConfigError(f"{name} decides what is validated on, so trials could not be compared", where="sweep")
         if name in tried:
             raise ConfigError(f"{name} is given twice; its values belong in one list", where="sweep")
