@@ -567,6 +567,15 @@ def test_wrong_usage_is_told(small: Path, words: list[str], told: str) -> None:
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("words", [[], ["-"]])
+def test_a_pipe_that_brings_nothing_is_no_prompt(small: Path, words: list[str]) -> None:
+    with pytest.raises(DataError, match="<stdin>: is empty") as caught:
+        invoke(small, "--temp", 0, *words, input="")
+    assert caught.value.exit_code == 2
+    assert invoke(small, "--temp", 0, "a", input="").stdout == invoke(small, "--temp", 0, "a").stdout
+    assert invoke(small, "--temp", 0, *words, input="a").stdout == invoke(small, "--temp", 0, "a").stdout
+
+
 def test_a_closed_pipe_ends_quietly(small: Path) -> None:
     words = f"{sys.executable} -m llmcli generate -m {small} -n 300 --max-tokens 8 --seed 1 --threads 1 The"
     ended = subprocess.run(

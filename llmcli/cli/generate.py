@@ -82,6 +82,8 @@ def generate(
     text = prompt_text(words, read_stdin=read_stdin, piped=stdin_is_piped())
     if text is None:
         raise UsageError('there is no prompt: give it as an argument ("" for an empty one), or pipe it in')
+    if not text and words in ((), ("-",)):  # what should have written it failed, more likely than not
+        raise DataError('is empty; to begin with nothing, give "" as the prompt', where="<stdin>")
     _one(model, text, generate_config, sampling_config, constraint_config, speculation_config, prompt_cache)
 
 
