@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-WINDOW = 512
+WINDOW = 512  # tokens, or the model's context
 FORMATS = ("Q4_K_M", "Q4_0", "Q8_0")
 # name -> settings of the export
 WAYS: dict[str, dict[str, Any]] = {
@@ -28,6 +28,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "int4 calibrated": {"precision": "int4", "quantizer": "calibrated"},
     "int4 sequential, same": {"precision": "int4", "quantizer": "sequential", "embedding": "same"},
     "int4 sequential": {"precision": "int4", "quantizer": "sequential"},
+    "int4 sequential, 64": {"precision": "int4", "quantizer": "sequential", "block_size": "64"},
+    "int4 search, 64": {"precision": "int4", "quantizer": "search", "block_size": "64"},
     "int4 search, mixed": {"precision": "int4", "quantizer": "search", "embedding": "mixed"},
     "int8": {"precision": "int8"},
     "int8 weight-only": {"precision": "int8", "quantizer": "weight-only"},
@@ -79,7 +81,7 @@ def read_back(model: Path, file: Path, target: Path) -> None:
 
 
 def windows_of(model: Path, texts: list[str], count: int) -> dict[str, Any]:
-    """Ids of each text, in rows of a window: (count, WINDOW)."""
+    """Ids of each text, in rows of a window: (count, window)."""
     import numpy as np
 
     from llmcli.config import TextConfig
@@ -87,19 +89,20 @@ def windows_of(model: Path, texts: list[str], count: int) -> dict[str, Any]:
     from llmcli.data.tokenizer import load_tokenizer
 
     tokenizer, found = load_tokenizer(model), {}
+    window = min(WINDOW, json.loads((model / "config.json").read_text())["max_position_embeddings"])
     for text in texts:
         ids: list[int] = []
         for document in read_documents([text], TextConfig()):
             ids += [*tokenizer.encode(document.text[: 1 << 20]), *filter(None, [tokenizer.eos_id])]
-            if len(ids) > 4 * count * WINDOW:
+            if len(ids) > 4 * count * window:
                 break
-        rows = min(count, len(ids) // WINDOW)
-        found[Path(text).parent.name + "/" + Path(text).name] = np.array(ids[: rows * WINDOW]).reshape(rows, WINDOW)
+        rows = min(count, len(ids) // window)
+        found[Path(text).parent.name + "/" + Path(text).name] = np.array(ids[: rows * window]).reshape(rows, window)
     return found
 
 
 def logits_of(folder: Path, rows: Any) -> Any:
-    """Log-probabilities (rows, WINDOW - 1, V) of a folder, as it runs."""
+    """Log-probabilities (rows, window - 1, V) of a folder, as it runs."""
     import numpy as np
 
     from llmcli.runtime.open import open_session
@@ -123,7 +126,7 @@ def compared(exact: Any, found: Any, rows: Any) -> dict[str, float]:
     import numpy as np
 
     wanted = rows[:, 1:, None]
-    nats = np.take_along_axis(exact, wanted, -1) - np.take_along_axis(found, wanted, -1)  # (rows, WINDOW - 1, 1)
+    nats = np.take_along_axis(exact, wanted, -1) - np.take_along_axis(found, wanted, -1)  # (rows, window - 1, 1)
     each = nats.mean((1, 2))
     draws = np.random.default_rng(0).integers(0, len(each), (1000, len(each)))
     spread = np.percentile(each[draws].mean(1), (2.5, 97.5))
@@ -144,7 +147,7 @@ def main() -> None:
     )
     parser.add_argument("--calibration", help="text to calibrate on, of the kind of the training text")
     parser.add_argument("--llama-python", help="interpreter that has llama-cpp-python and gguf")
-    parser.add_argument("--windows", type=int, default=24, help="of 512 tokens, of each text")
+    parser.add_argument("--windows", type=int, default=24, help="of 512 tokens or the context, of each text")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--job", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
