@@ -22,9 +22,10 @@ from llmcli.models.encoder import Encoder
 from llmcli.models.encoder_config import EncoderConfig
 from llmcli.models.ops import attend_both
 from llmcli.models.pooling import pooled
-from llmcli.training.contrast import Groups, Piece, alignment, cached, info_nce, uniformity
+from llmcli.training.contrast import Groups, alignment, cached, info_nce, uniformity
 from llmcli.training.losses import IGNORED, found_tokens, head_loss
 from llmcli.training.masking import MaskedWindows, Masking, Words
+from llmcli.training.packing import Packed
 from llmcli.training.seeding import seeded
 
 USUAL = Masking(0.15, True, 0.8, 0.1)
@@ -202,11 +203,11 @@ def small_encoder(dropout: float) -> Encoder:
 
 
 def gradients(
-    model: Encoder, batch_pieces: tuple[Piece, ...], names: Tensor, views: int, *, cache: bool
+    model: Encoder, batch_pieces: tuple[Packed, ...], names: Tensor, views: int, *, cache: bool
 ) -> list[Tensor]:
-    def vectors(piece: Piece, part: int) -> Tensor:
+    def vectors(piece: Packed, part: int) -> Tensor:
         seeded(7, 1, part)
-        return pooled(model.hidden(piece.ids, segments=piece.segments)[0], piece.lengths, "mean")
+        return pooled(model.hidden(piece.ids, segments=piece.segments)[0, : piece.tokens], piece.lengths, "mean")
 
     runs = [partial(vectors, piece, part) for part, piece in enumerate(batch_pieces)]
     found = cached(runs, model.embedding) if cache else [run() for run in runs]
@@ -252,7 +253,7 @@ def test_two_views_of_a_text_differ_by_dropout_alone() -> None:
     for dropout in (0.0, 0.2):
         model = small_encoder(dropout)
         seeded(0, 0)
-        states = model.hidden(batch.pieces[0].ids, segments=batch.pieces[0].segments)[0]
+        states = model.hidden(batch.pieces[0].ids, segments=batch.pieces[0].segments)[0, : batch.pieces[0].tokens]
         one, two = pooled(states, batch.pieces[0].lengths, "mean").view(2, 2, 16)
         assert torch.allclose(one, two, atol=1e-6) == (dropout == 0.0)
 

@@ -2,7 +2,7 @@
 
 Invariant: the corpus depends on the inputs, the tokenizer and the settings alone, byte for byte: not on the number of
 workers, their speed, or the engine that encodes. Memory does not grow with the size of the input, but for the 30 bytes
-a document that `--dedup exact` takes (`near`: 300).
+a document that `--dedup exact` takes (`near`: 300), and those a sentence that `--sentences` takes.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from llmcli.data.frames import framed
 from llmcli.data.tokenizer import TextTokenizer, load_tokenizer
 from llmcli.models.encoder import Encoder
 from llmcli.models.pooling import Pooling, pooled, write_pooling
-from llmcli.models.segments import segments_of
 from llmcli.operations import run_folder, training_run
 from llmcli.operations.contrast_data import ContrastData, Ids, ScoredPairs, read_groups, read_scored
 from llmcli.operations.evaluate_embed import correlation, ranks
@@ -29,10 +28,10 @@ from llmcli.operations.pretrain_settings import Amount, Settled, settle
 from llmcli.operations.pretrain_work import Work, run_work
 from llmcli.operations.records import Progress
 from llmcli.operations.training_run import Started
-from llmcli.training.contrast import Contrast, Groups, Piece, alignment, batches, cached, info_nce, uniformity
+from llmcli.training.contrast import Contrast, Groups, alignment, batches, cached, info_nce, uniformity
 from llmcli.training.loop import TrainingEvent, Validation
 from llmcli.training.machine import prepare_machine
-from llmcli.training.packing import ExampleOrder
+from llmcli.training.packing import ExampleOrder, Packed, pack
 from llmcli.training.seeding import seeded
 
 _VALIDATED = 256  # groups that are told apart in a validation
@@ -127,17 +126,22 @@ def contrastive_work(settled: Settled, model: Encoder, prepared: Prepared, stopp
         batches=lambda number: batches(groups, order, config.grad_accumulation, number, device),
         loss=loss,
         count_targets=len,
-        count_tokens=lambda inputs: sum(piece.ids.numel() for piece in inputs.pieces),
+        count_tokens=lambda inputs: sum(piece.tokens for piece in inputs.pieces),
         validate=_validation(model, objective, prepared, config.eval_tokens or 0, stopping),
         validated=bool(data.validation) or prepared.scored is not None,
         at_once=True,
     )
 
 
-def _vectors(model: Encoder, pooling: str, piece: Piece, seed: int, number: int, part: int) -> Tensor:
+def _vectors(model: Encoder, pooling: str, piece: Packed, seed: int, number: int, part: int) -> Tensor:
     """The vectors of a piece's texts, the same each time that they are asked for: (views x R, C)."""
     seeded(seed, number, part)
-    return pooled(model.hidden(piece.ids, segments=piece.segments)[0], piece.lengths, pooling)
+    return _pooled(model, pooling, piece)
+
+
+def _pooled(model: Encoder, pooling: str, texts: Packed) -> Tensor:
+    states = model.hidden(texts.ids, segments=texts.segments)[0, : texts.tokens]
+    return pooled(states, texts.lengths, pooling)
 
 
 def joined_views(found: Sequence[Tensor], views: int) -> Tensor:
@@ -215,11 +219,7 @@ def text_vectors(model: Encoder, pooling: str, texts: Sequence[Ids]) -> Tensor:
     begin = 0
     while begin < len(order):
         end = begin + max(1, _VECTORS // len(texts[order[min(begin + _VECTORS // 32, len(order) - 1)]]))
-        part = [texts[place] for place in order[begin:end]]
-        lengths = [len(each) for each in part]
-        ids = torch.from_numpy(np.concatenate(part).astype(np.int64))[None]
-        piece = Piece(ids, segments_of(lengths), torch.tensor(lengths)).to(model.embedding.device)
-        states = model.hidden(piece.ids, segments=piece.segments)[0]
-        found[order[begin:end]] = pooled(states, piece.lengths, pooling).cpu()
+        part = pack([texts[place] for place in order[begin:end]]).to(model.embedding.device)
+        found[order[begin:end]] = _pooled(model, pooling, part).cpu()
         begin = end
     return found

@@ -156,7 +156,7 @@ class EmbedTask:
         """Targets: the scores (R,); without scores numbers that tell the texts apart (R, 3), -1 for none."""
         pairs = [row for row in rows if isinstance(row, TextsRow)]
         texts = [text for row in pairs for text in row.texts]
-        packed = pack(texts, [np.array([0]) for _ in texts])
+        packed = pack(texts)
         if self.scored:
             return packed, torch.tensor([row.wanted for row in pairs], dtype=torch.float32)
         numbers = [[_number(text) for text in row.texts] for row in pairs]

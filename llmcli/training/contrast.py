@@ -19,31 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmcli.models.segments import Segments, segments_of
 from llmcli.training.embedding_losses import ranking_losses, same_text
-from llmcli.training.packing import ExampleOrder
+from llmcli.training.packing import ExampleOrder, Packed, pack
 
 Ids = npt.NDArray[np.integer[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """Texts side by side: R anchors, then what belongs to each, then, where there are some, what does not."""
-
-    ids: Tensor  # (1, N)
-    segments: Segments
-    lengths: Tensor  # (views x R,)
-
-    def to(self, device: torch.device) -> Piece:
-        """The same on a device."""
-        return Piece(self.ids.to(device), self.segments.to(device), self.lengths.to(device))
-
-
-@dataclasses.dataclass(frozen=True)
 class Contrast:
-    """A whole batch, in pieces."""
+    """A whole batch, in pieces: R anchors, then what belongs to each, then, where there are some, what does not."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Packed, ...]  # of views x R texts each
     views: int  # 2, or 3 with texts that do not belong
     names: Tensor  # (views, B): equal where texts are equal
     number: int  # of the batch, for what is drawn at random
@@ -77,12 +63,9 @@ class Groups:
     def _viewed(self, group: Sequence[Any]) -> list[Any]:
         return [group[0], group[0]] if len(group) == 1 else list(group)
 
-    def _piece(self, part: Sequence[int]) -> Piece:
+    def _piece(self, part: Sequence[int]) -> Packed:
         rows = [self._viewed(self.groups[index]) for index in part]
-        texts = [row[view] for view in range(self.views) for row in rows]
-        lengths = [len(text) for text in texts]
-        ids = torch.from_numpy(np.concatenate(texts).astype(np.int64))[None]
-        return Piece(ids, segments_of(lengths), torch.tensor(lengths))
+        return pack([row[view] for view in range(self.views) for row in rows])
 
 
 def batches(

@@ -51,11 +51,13 @@ class Packed:
         return Packed(*moved, self.tokens, self.number, None if self.types is None else self.types.to(device))
 
 
-def pack(texts: Sequence[Ids], chosen: Sequence[Ids], *, types: Sequence[Ids] | None = None) -> Packed:
+def pack(texts: Sequence[Ids], chosen: Sequence[Ids] | None = None, *, types: Sequence[Ids] | None = None) -> Packed:
     """Texts of ids side by side. `chosen`: the places of each text that are wanted, counted from its begin."""
     lengths = [len(text) for text in texts]
-    starts = np.cumsum([0, *lengths[:-1]])
-    places = np.concatenate([start + each for start, each in zip(starts, chosen, strict=True)]).astype(np.int64)
+    places = np.empty(0, np.int64)
+    if chosen is not None:
+        starts = np.cumsum([0, *lengths[:-1]])
+        places = np.concatenate([start + each for start, each in zip(starts, chosen, strict=True)]).astype(np.int64)
     tokens = sum(lengths)
     size = filled_up(tokens)
     added = [max(lengths)] * ((size - tokens) // max(lengths))  # none longer than a text, which the context holds
