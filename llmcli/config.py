@@ -141,8 +141,8 @@ class CorpusConfig:
     min_chars: int = setting(1, "Drop documents of fewer characters.", group="Corpus", minimum=0)
     sentences: bool = setting(
         False,
-        "Let each document that is trained on be followed by its sentences, each a document of its own and once only: "
-        "a small model judges single sentences better so.",
+        "Write the sentences of what is trained on too, behind the last text, each once, as documents of their own, in "
+        "a drawn order: a small model judges single sentences better so.",
         group="Corpus",
     )
     scrub_pii: bool = setting(
@@ -153,7 +153,9 @@ class CorpusConfig:
     dtype: str = setting(
         "auto", "Of the ids; auto: the smaller that fits.", group="Corpus", choices=("auto", "uint16", "uint32")
     )
-    seed: int = setting(0, "Of the split by hash.", group="Corpus", minimum=0, maximum=2**63 - 1)
+    seed: int = setting(
+        0, "Of the split by hash, and of the order of sentences.", group="Corpus", minimum=0, maximum=2**63 - 1
+    )
     workers: int | None = setting(
         None, "Processes that encode (default: the cores this process may use).", group="Machine", minimum=1
     )

@@ -233,7 +233,8 @@ def test_a_tail_gives_no_sentences(tokenizer: Path, tmp_path: Path) -> None:
     corpus, report = corpus_of(tmp_path, tokenizer, tmp_path / "a.txt", val_fraction=0.25, sentences=True)
     (val,), (document, *behind) = texts_of(corpus, "val"), texts_of(corpus)
     assert document + val == text
-    assert behind == sentences_of(document)
+    assert behind != sentences_of(document)
+    assert sorted(behind) == sorted(sentences_of(document))
     assert report.train_sentences == len(behind) > 200
 
 
@@ -254,7 +255,9 @@ def test_a_long_document_stays_whole_and_one_taken_back_takes_its_sentences_alon
             sentences=True,
         )
         documents = [long, "A b c d.", long + "\nA b c d. It ends.", other]
-        assert texts_of(corpus) == [*documents, *long.split("\n"), "A b c d.", *other.split("\n")]
+        assert texts_of(corpus)[:4] == documents
+        behind = [*long.split("\n"), "A b c d.", *other.split("\n")]
+        assert sorted(texts_of(corpus)[4:]) == sorted(behind)
         assert report.dropped == {"duplicates": 1}
         assert report.train_sentences == 202
         assert not list((tmp_path / "corpus").glob("sentences*"))

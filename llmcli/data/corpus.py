@@ -111,14 +111,19 @@ class PartWriter:
         self._flush()
         self._close()
 
-    def pour_into(self, other: PartWriter) -> None:
-        """Appends what it holds to another part, but for the count of documents, and removes its own files."""
+    def pour_into(self, other: PartWriter, end: int, seed: int) -> None:
+        """Appends its documents, each of which ends with the id `end`, to another part in an order drawn by the seed.
+
+        Its own files are removed; the other's count of documents stays. It must be of one shard.
+        """
         self.close()
-        for shard, count in enumerate(self.counts):
-            ids = np.load(self.path(shard), mmap_mode="r")
-            for begin in range(0, count, _HELD_TOKENS):
-                other.write(np.array(ids[begin : begin + _HELD_TOKENS]), 0)
-            self.path(shard).unlink()
+        for path in map(self.path, range(len(self.counts))):
+            ids = np.load(path, mmap_mode="r")
+            pieces = ((begin, ids[begin : begin + _HELD_TOKENS]) for begin in range(0, len(ids), _HELD_TOKENS))
+            ends = np.concatenate([begin + np.flatnonzero(piece == end) + 1 for begin, piece in pieces])
+            for document in np.random.Generator(np.random.Philox(key=seed)).permutation(len(ends)):
+                other.write(np.array(ids[ends[document - 1] if document else 0 : ends[document]]), 0)
+            path.unlink()
         other.bytes += self.bytes
         self.counts = []
 

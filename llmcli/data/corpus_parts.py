@@ -1,13 +1,14 @@
 """A corpus being filled: which of the encoded pieces are kept, and in which part.
 
 Invariant: equal documents are in one part. The sentences of documents, where they are asked for, stand behind the last
-document, those of documents that are trained on alone.
+document, those of documents that are trained on alone, and in a drawn order: each is to be understood by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from llmcli.config import CorpusConfig
 from llmcli.data import pii
 from llmcli.data.corpus import PARTS, Mark, PartWriter
 from llmcli.data.dedup import DigestSet, SimilarSet
-from llmcli.data.encode_pool import Encoded
+from llmcli.data.encode_pool import Encoded, EncoderConfig
 from llmcli.data.split import Split
 from llmcli.errors import DataError
 
@@ -34,16 +35,23 @@ class CorpusParts:
     """Takes the encoded pieces in order and writes what is to be kept. A context: its files are closed at the end."""
 
     def __init__(
-        self, folder: Path, dtype: str, shard_tokens: int, split: Split, config: CorpusConfig, dropped: Counter[str]
+        self,
+        folder: Path,
+        encoder: EncoderConfig,
+        shard_tokens: int,
+        split: Split,
+        config: CorpusConfig,
+        dropped: Counter[str],
     ) -> None:
-        self.writers = {part: PartWriter(folder, part, dtype, shard_tokens) for part in PARTS}
+        self.writers = {part: PartWriter(folder, part, encoder.dtype, shard_tokens) for part in PARTS}
         self.split, self.dropped = split, dropped
+        self.end, self.seed = encoder.end_of_text, config.seed
         self.seen = DigestSet() if config.dedup != "off" else None
         self.similar = SimilarSet() if config.dedup == "near" else None
         # By tail a document in the tail that was trained on already follows its first copy.
         self.trained = DigestSet() if split.by == "tail" else None
         self.pii: Counter[str] = Counter()
-        self.said = PartWriter(folder, "sentences", dtype, shard_tokens)  # until the last document is written
+        self.said = PartWriter(folder, "sentences", encoder.dtype, sys.maxsize)  # until the last document is written
         self.known = DigestSet()  # of sentences
         self.part = "train"  # of the last document, which its sentences follow
         self.repeated = False  # it was left out
@@ -62,7 +70,7 @@ class CorpusParts:
 
     def finish(self) -> None:
         """To be called behind the last piece."""
-        self.said.pour_into(self.writers["train"])
+        self.said.pour_into(self.writers["train"], self.end, self.seed)
 
     @property
     def sentences(self) -> int:

@@ -221,7 +221,7 @@ class _Job:
         log, dropped = ReadLog(hashed=True), Counter[str]()
         split.place = ""
         with (
-            CorpusParts(self.folder, encoder.dtype, self.shard_tokens, split, self.config, dropped) as written,
+            CorpusParts(self.folder, encoder, self.shard_tokens, split, self.config, dropped) as written,
             self._pool(encoder) as pool,
         ):
             yield Progress("encode", 0, self.total, "bytes")
