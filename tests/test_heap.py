@@ -95,6 +95,22 @@ def _on_huge_pages(found: Any) -> None:
 
 
 @glibc
+@madvised
+def test_what_is_left_of_it_is_given_back() -> None:
+    before, after = _found(_beside_huge_pages)
+    assert after - before < 8 << 10
+
+
+def _beside_huge_pages(found: Any) -> None:
+    before = _heap_kb("AnonHugePages")
+    with heap.huge_pages(_SIZE):
+        pass
+    small = [bytearray(b"x") * (100 << 10) for _ in range(400)]  # they lie in the heap, and not beside it
+    found.put((before, _heap_kb("AnonHugePages")))
+    del small
+
+
+@glibc
 def test_what_was_opened_and_closed_is_given_back() -> None:
     before, held, after = _found(_opened_and_closed)
     assert held - before > 500 << 20

@@ -42,7 +42,11 @@ def keep_heap() -> None:
 
 @contextlib.contextmanager
 def huge_pages(size: int) -> Iterator[None]:
-    """What the main thread allocates meanwhile, up to `size` bytes, lies on huge pages; then the heap shrinks again."""
+    """What the main thread allocates meanwhile, up to `size` bytes, lies on huge pages; then the heap shrinks again.
+
+    What is left of it is given back at once: activations that lie there later cost an AMD processor up to a quarter of
+    a prompt's time (docs/log.md, "Weights alone on huge pages").
+    """
     libc = _glibc()
     if libc is None:
         yield
@@ -55,6 +59,7 @@ def huge_pages(size: int) -> Iterator[None]:
         libc.mallopt(_TRIM, _KEPT)
         libc.mallopt(_THRESHOLD, _LARGEST)
         libc.mallopt(_MAPPED, _MOST)
+        libc.malloc_trim(0)
 
 
 class HeapLimit:
