@@ -286,6 +286,19 @@ def test_small_models_read_prompts_with_a_graph_of_their_own(settings: Any, weig
     assert settle(ExportConfig(), weights, labelled=True).prefill == "same"
 
 
+@pytest.mark.parametrize(
+    ("settings", "details", "largest"),
+    [
+        ({}, {"width": 2048}, 128),
+        ({}, {"width": 768}, 64),
+        ({}, {"width": 2048, "labelled": True}, 64),
+        ({"target": "portable"}, {"width": 2048}, 64),
+    ],
+)
+def test_wide_models_take_larger_blocks(settings: Any, details: Any, largest: int) -> None:
+    assert plan_of(ExportConfig(**settings), **details).largest == largest
+
+
 def test_better_quantizers_are_better_on_a_model_that_learned_something(stories: Path, tmp_path: Path) -> None:
     told = " ".join(story["text"] for story in reference()["greedy"])
     (tmp_path / "text.txt").write_text(told * 4)

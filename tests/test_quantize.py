@@ -104,6 +104,11 @@ def test_one_place_decides_and_exceptions_are_by_name() -> None:
     assert plan.scheme("b", (8, 96)) == Scheme(BLOCKS, 4, 32)
     assert plan.scheme("b", (8, 50)) == Scheme(BLOCKS, 4, 32)
     assert plan.scheme("e", (8, 50), "embedding").kind == "float"  # gathering knows full blocks alone
+    wide = Plan("int4", largest=128)
+    sizes = {inputs: wide.scheme("b", (8, inputs)).block_size for inputs in (64, 96, 128, 288, 576, 640, 1000)}
+    assert sizes == {64: 64, 96: 32, 128: 128, 288: 32, 576: 128, 640: 128, 1000: 128}  # filled by an eighth at most
+    assert wide.scheme("h", (8, 256), "head").block_size == wide.scheme("e", (8, 256), "embedding").block_size == 64
+    assert Plan("int8", largest=128, weight_only=True).scheme("b", (8, 256)).block_size == 64
     assert Plan("int8").scheme("b", (512, 64)) == Scheme("channels", 8)
     assert Plan("int8").scheme("b", (511, 64)) == Scheme(BLOCKS, 8, 64)  # too small to pay for its scales
     assert Plan("int8").scheme("h", (8, 64), "head") == Scheme(BLOCKS, 8, 64)

@@ -21,6 +21,7 @@ from llmcli.onnx.weights import Array
 Codes = npt.NDArray[np.uint8]
 FLOAT, BLOCKS, CHANNELS = "float", "blocks", "channels"
 BLOCK_SIZES = (128, 64, 32)
+_FILLED = 1 / 8  # more inputs than there are, which the last block of 128 may be filled up with
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -174,6 +175,7 @@ class Plan:
 
     precision: str = "fp32"  # fp32, fp16, int8, int4
     block_size: int | None = None  # None: chosen for each matrix
+    largest: int = 64  # block that int4 chooses: 64, or 128 (docs/log.md)
     weight_only: bool = False  # int8: activations stay float, rows stay independent
     quantizer: Quantizer = dataclasses.field(default_factory=RoundToNearest)
     moments: Moments | Mapping[str, Array] = dataclasses.field(default_factory=dict)
@@ -205,7 +207,7 @@ class Plan:
         if name in self.schemes:
             return self.schemes[name]
         bits = 4 if self.precision == "int4" else 8
-        block = self._block(name, shape[1])
+        block = self._block(name, shape[1], small=bits == 8 or role != "")
         if role == "embedding":
             # GatherBlockQuantized knows no block that is not full.
             return Scheme(FLOAT) if shape[1] % block else Scheme(BLOCKS, bits, block)
@@ -215,8 +217,12 @@ class Plan:
             return Scheme(CHANNELS, 8)
         return Scheme(BLOCKS, bits, block)
 
-    def _block(self, name: str, inputs: int) -> int:
+    def _block(self, name: str, inputs: int, *, small: bool) -> int:
+        # An embedding's blocks must be full and a head's errors reach the logits; in int8, rows side by side in blocks
+        # of 128 are no longer exactly what they are alone.
         if self.block_size is None:
+            if self.largest == 128 and not small and -inputs % 128 <= _FILLED * inputs:
+                return 128
             return next((size for size in BLOCK_SIZES[1:] if inputs % size == 0), BLOCK_SIZES[-1])
         if inputs % self.block_size:
             fitting = ", ".join(str(size) for size in BLOCK_SIZES if inputs % size == 0)

@@ -41,6 +41,7 @@ _CALIBRATED = 8192  # tokens
 _COMMON = 0.25
 # The products whose inputs reach furthest above the rest: in int8 with one scale for all of them these lose most.
 _SENSITIVE = ("mlp.down_proj", "mlp.c_proj")
+_WIDE = 1024  # hidden size from which int4's blocks of 128 are worth what they cost in quality
 _SMALL = 400_000_000  # weights up to which prompts are worth as much memory again
 _PATIENCE = 100_000_000  # weights up to which int4 is searched for by itself: minutes, not hours
 # Percent of perplexity, or of a classifier's labels: int8 that costs more keeps the sensitive matrices in blocks.
@@ -97,7 +98,7 @@ def export(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {shape.vocab_size}", where=str(folder)
         )
     config = settle(config, sum(math.prod(entry.shape) for entry in tensors_of(folder).values()), labels is not None)
-    plan = plan_of(config, labelled=labels is not None)
+    plan = plan_of(config, labelled=labels is not None, width=shape.hidden_size)
     reference: ReferenceText | None = None
     if config.check or plan.quantizer.needs_moments or config.quantizer == "sequential":
         reference = ReferenceText(tokenizer, config.calibration, text, shape.max_position_embeddings)
@@ -196,8 +197,8 @@ def settle(config: ExportConfig, weights: int, labelled: bool = False) -> Export
     return dataclasses.replace(config, quantizer=chosen)
 
 
-def plan_of(config: ExportConfig, *, labelled: bool = False) -> Plan:
-    """What each matrix becomes by the settings. `labelled`: of a classifier."""
+def plan_of(config: ExportConfig, *, labelled: bool = False, width: int = 0) -> Plan:
+    """What each matrix becomes by the settings. `labelled`: of a classifier; `width`: a decoder's hidden size."""
     from llmcli.onnx.classifier import SCHEMES
     from llmcli.onnx.quantize import Plan
     from llmcli.onnx.quantizers import QUANTIZERS
@@ -219,6 +220,7 @@ def plan_of(config: ExportConfig, *, labelled: bool = False) -> Plan:
         common=_COMMON if mixed and config.precision == "int4" else 0.0,
         precision=config.precision,
         block_size=None if config.block_size == "auto" else int(config.block_size),
+        largest=128 if width >= _WIDE and not labelled and config.target == "ort" else 64,
         weight_only=config.quantizer == "weight-only",
         portable=config.target == "portable",
         schemes=SCHEMES if labelled else {},
