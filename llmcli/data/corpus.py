@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -118,12 +118,9 @@ class PartWriter:
         """
         self.close()
         for path in map(self.path, range(len(self.counts))):
-            ids = np.load(path, mmap_mode="r")
-            pieces = ((begin, ids[begin : begin + _HELD_TOKENS]) for begin in range(0, len(ids), _HELD_TOKENS))
-            ends = np.concatenate([begin + np.flatnonzero(piece == end) + 1 for begin, piece in pieces])
-            for document in np.random.Generator(np.random.Philox(key=seed)).permutation(len(ends)):
-                other.write(np.array(ids[ends[document - 1] if document else 0 : ends[document]]), 0)
-            path.unlink()
+            for document in _drawn(path, end, seed):
+                other.write(document, 0)
+            path.unlink()  # its map is gone by now, which Windows insists on
         other.bytes += self.bytes
         self.counts = []
 
@@ -139,6 +136,15 @@ class PartWriter:
             self.file.write(_header(self.dtype, self.counts[-1]))
             self.file.close()
             self.file = None
+
+
+def _drawn(path: Path, end: int, seed: int) -> Iterator[np.ndarray]:
+    """The documents of a shard, each of which ends with the id `end`, in an order drawn by the seed."""
+    ids = np.load(path, mmap_mode="r")
+    pieces = ((begin, ids[begin : begin + _HELD_TOKENS]) for begin in range(0, len(ids), _HELD_TOKENS))
+    ends = np.concatenate([begin + np.flatnonzero(piece == end) + 1 for begin, piece in pieces])
+    for document in np.random.Generator(np.random.Philox(key=seed)).permutation(len(ends)):
+        yield np.array(ids[ends[document - 1] if document else 0 : ends[document]])
 
 
 def _header(dtype: str, count: int) -> bytes:

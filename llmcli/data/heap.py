@@ -44,8 +44,8 @@ def keep_heap() -> None:
 def huge_pages(size: int) -> Iterator[None]:
     """What the main thread allocates meanwhile, up to `size` bytes, lies on huge pages; then the heap shrinks again.
 
-    What is left of it is given back at once: activations that lie there later cost an AMD processor up to a quarter of
-    a prompt's time (docs/log.md, "Weights alone on huge pages").
+    What is left of it is given back at once: activations that lie there later cost an AMD processor up to a third of
+    its speed with prompts (docs/log.md, "Weights alone on huge pages").
     """
     libc = _glibc()
     if libc is None:
